@@ -1,0 +1,81 @@
+"""The hook on the denoiser's root: asks the clock where the loop stands and lets techniques act on the whole call."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from diffaccel.clock import Call, Clock
+from diffaccel.denoiser import Denoiser, timestep_parameter
+from diffaccel.hooks import ContextTap
+
+Compute = Callable[[], Any]
+"""Runs the denoiser on the arguments of the call at hand."""
+
+Listener = Callable[[Call, Mapping[str, Any], Compute], None]
+"""Told of a call before it runs: where it stands, its arguments by parameter name, and how to run it (for probes)."""
+
+Wrapper = Callable[[Call, Mapping[str, Any], Compute], Any]
+"""Runs around a call and gives its output: by ``compute()``, or without it."""
+
+
+class RootHook(ModelHook):
+    """Runs outside every compiled region: decisions are made here, blocks read only what was decided."""
+
+    _is_stateful = True  # so that diffusers hands cache contexts to `contexts`
+
+    def __init__(self, denoiser: Denoiser, clock: Clock, *, profile: bool = False) -> None:
+        super().__init__()
+        self.contexts = ContextTap()
+        self.listeners: list[Listener] = []
+        self.wrappers: list[Wrapper] = []
+        self.seconds: list[float] | None = [] if profile else None
+        self.calls = 0
+        self._clock = clock
+        self._signature = inspect.signature(denoiser.module.forward)
+        self._timestep = timestep_parameter(denoiser.module)
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        return module
+
+    @torch.compiler.disable(
+        recursive=False,
+        reason="diffaccel decides outside the compiled region; compile the repeated blocks (compile_repeated_blocks), "
+        "or compile the whole denoiser without fullgraph=True",
+    )
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        for value in [v for v in arguments.values() if isinstance(v, dict)]:
+            arguments = {**value, **arguments}  # **kwargs of the forward, and bundles such as added_cond_kwargs
+        timestep = arguments.get(self._timestep) if self._timestep else None
+        call = self._clock.call(arguments, timestep, self.contexts.context)
+        self.calls += 1
+
+        def compute() -> Any:
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+        started = self._now()
+        for listener in self.listeners:
+            listener(call, arguments, compute)
+        run: Compute = compute
+        for wrapper in self.wrappers:
+            run = _wrapped(wrapper, call, arguments, run)
+        output = run()
+        if self.seconds is not None:
+            self.seconds.append(self._now() - started)
+        return output
+
+    def _now(self) -> float:
+        if self.seconds is not None and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _wrapped(wrapper: Wrapper, call: Call, arguments: Mapping[str, Any], run: Compute) -> Compute:
+    return lambda: wrapper(call, arguments, run)
