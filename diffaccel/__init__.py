@@ -1,0 +1,53 @@
+"""diffaccel makes diffusers pipelines generate images and videos faster and in less memory, and measures the cost.
+
+>>> import diffaccel
+>>> with diffaccel.accelerate(pipe, "balanced") as accel:   # doctest: +SKIP
+...     image = pipe("a red circle").images[0]
+...     print(accel.report())
+"""
+
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING, Any
+
+if _find_spec("diffaccel.kernels") is None:
+    raise ImportError(
+        "diffaccel was imported from a source checkout that is not installed: kernels/, pipelines/, eval/ and assets/ are "
+        "mapped into the package by the install. Run `pip install -e .` in the checkout."
+    )
+
+from diffaccel.attention.section import BlockSparse
+from diffaccel.caching.section import StepCache
+from diffaccel.errors import DiffAccelError, MissingPackageError, ModelError, PlanError
+from diffaccel.plan import Plan
+from diffaccel.quantization.section import Quantize
+
+if TYPE_CHECKING:
+    from diffaccel.attach import Accelerated, accelerate
+
+__all__ = [
+    "Accelerated",
+    "BlockSparse",
+    "DiffAccelError",
+    "MissingPackageError",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Quantize",
+    "StepCache",
+    "accelerate",
+]
+
+_LAZY = {
+    "Accelerated": "diffaccel.attach",
+    "accelerate": "diffaccel.attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first used, so that plans can be built and checked without it."""
+    if name in _LAZY:
+        return getattr(_import_module(_LAZY[name]), name)
+    if name in ("pipelines", "kernels", "eval", "assets"):
+        return _import_module(f"diffaccel.{name}")
+    raise AttributeError(f"module 'diffaccel' has no attribute {name!r}")

@@ -1,0 +1,35 @@
+"""Settings of quantization. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffaccel.plan import Section, section_type
+
+
+@section_type
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Section):
+    """Run linears with integer weights and activations (W8A8, as in ViDiT-Q, arXiv:2406.02540, without its balancing).
+
+    Args:
+        sites: which linears, see `diffaccel.sites`. The default leaves embeddings, modulation, the final projection and
+            the cross-attention keys and values (made once from the text) in 16 or 32 bits, as the papers do.
+        weights: ``int8``, symmetric, one scale per output channel.
+        activations: ``int8``, symmetric, one scale per token, found at run time.
+        steps: range of progress in which the quantized form runs; the full schedule by default.
+    """
+
+    technique: ClassVar[str] = "quantization"
+
+    sites: str = "attn.* cross.q cross.out ff.* fused.*"
+    weights: str = "int8"
+    activations: str = "int8"
+    steps: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        self._check_sites(self.sites)
+        self._check_choice("weights", ("int8",))
+        self._check_choice("activations", ("int8",))
+        self._check_steps(self.steps)
