@@ -19,6 +19,7 @@ class Grid(NamedTuple):
     width: int
 
 
+TEXT = 12
 IMAGE_SIZES = {"even": (1, 8, 8), "odd": (1, 9, 7)}
 VIDEO_SIZES = {"even": (4, 4, 6), "odd": (3, 5, 7)}
 
@@ -28,11 +29,49 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def text(grid: Grid, width: int = 32, length: int = TEXT, seed: int = 1) -> Tensor:
+    """Embeddings of a prompt, [B, length, width]."""
+    return noise(grid.batch, length, width, seed=seed)
+
+
+def text_mask(grid: Grid, length: int = TEXT, dtype: torch.dtype = torch.bool) -> Tensor:
+    """[B, length]: every token of the first sample counts, the last three of the others are padding."""
+    mask = torch.ones(grid.batch, length, dtype=dtype)
+    mask[1:, -3:] = 0
+    return mask
+
+
+def pooled(grid: Grid, width: int = 24) -> Tensor:
+    """One vector per prompt, [B, width]."""
+    return noise(grid.batch, width, seed=2)
+
+
+def tokens(grid: Grid, channels: int = 16) -> Tensor:
+    """Latents already packed into tokens, [B, frames * height * width, channels]."""
+    return noise(grid.batch, grid.frames * grid.height * grid.width, channels)
+
+
+def planes(grid: Grid, channels: int = 4, patch: int = 2) -> Tensor:
+    """Image latents, [B, channels, height * patch, width * patch]."""
+    return noise(grid.batch, channels, grid.height * patch, grid.width * patch)
+
+
+def volume(grid: Grid, channels: int = 4, patch: int = 2) -> Tensor:
+    """Video latents, [B, channels, frames, height * patch, width * patch]."""
+    return noise(grid.batch, channels, grid.frames, grid.height * patch, grid.width * patch)
+
+
+def positions(*lengths: int) -> Tensor:
+    """The coordinates of the points of a grid, [product of lengths, axes], the last axis fastest."""
+    return torch.cartesian_prod(*(torch.arange(length) for length in lengths)).float()
+
+
 def initialise(model: nn.Module, seed: int) -> None:
     """Give every parameter a value that makes it matter.
 
-    Diffusers starts many gates and last projections at zero, and some tables in uninitialised memory: such a model returns
-    zeros or changes from run to run. Matrices become normals of variance 1 / fan-in, gains stay near one, the rest is small.
+    Diffusers starts many gates and last projections at zero, and some tables in uninitialised memory: such a model
+    returns zeros or changes from run to run. Matrices become normals of variance 1 / fan-in, gains stay near one, all
+    other vectors are small.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,7 +87,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every floating tensor in a forward's result, in order; the result may be a tensor, a list, a tuple or a ModelOutput."""
+    """Every floating tensor in a forward's result, in order: a tensor, a list, a tuple or a ModelOutput."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
@@ -64,12 +103,14 @@ class Specimen:
 
     feed: the keyword arguments of one forward for a token grid, without the timestep.
     latents: the arguments that the scheduler changes from step to step.
-    time, time_max: the argument that carries the timestep, and its value at the noisiest step (1000 or 1).
+    time, time_max: the argument that carries the timestep (empty if there is none), and its largest value (1000 or 1),
+        which is the noisiest step.
     time_rises: the model counts from 0 (noise) to time_max (data) instead of down.
-    text: where text tokens stand in the joint sequence, ``before`` or ``after`` the image tokens; ``cross``: only read by
-        cross-attention; ``none``: the model has no text tokens; ``apart``: other (see the comment of the entry).
+    time_shape: turns the timesteps [B] into what the model takes, where that is not [B].
+    text: where text tokens stand in the joint sequence, ``before`` or ``after`` the image tokens; ``cross``: text is
+        read by cross-attention only; ``none``: no text tokens; ``keys``: text is appended to keys and values only.
     video: the grid has several frames.
-    square: the model takes square grids only.
+    odd: the grid of size ``odd``, where the model cannot take the usual one.
     """
 
     name: str
@@ -83,7 +124,7 @@ class Specimen:
     time_rises: bool = False
     time_shape: Callable[[Tensor, Grid], Tensor] | None = None
     video: bool = False
-    square: bool = False
+    odd: tuple[int, int, int] | None = None
 
     def build(self) -> nn.Module:
         """A new instance, float32, in eval mode, with the same weights each time."""
@@ -97,8 +138,9 @@ class Specimen:
 
     def grid(self, batch: int = 1, size: str = "even") -> Grid:
         """The token grid behind ``inputs(batch, size)``; ``size`` is ``even`` or ``odd``."""
-        frames, height, width = (VIDEO_SIZES if self.video else IMAGE_SIZES)[size]
-        return Grid(batch, frames, height, height if self.square else width)
+        if size == "odd" and self.odd:
+            return Grid(batch, *self.odd)
+        return Grid(batch, *(VIDEO_SIZES if self.video else IMAGE_SIZES)[size])
 
     def inputs(self, batch: int = 1, size: str = "even", progress: float = 0.3) -> dict[str, Any]:
         """Keyword arguments of a forward; ``progress`` in [0, 1] is the share of the schedule already done."""
@@ -107,8 +149,9 @@ class Specimen:
         level = 1 - progress
         kwargs |= {name: _noised(kwargs[name], level, seed=97) for name in self.latents}
         value = self.time_max * (progress if self.time_rises else level)
-        timestep = torch.full((batch,), value if self.time_max == 1 else float(round(value)))
-        kwargs[self.time] = self.time_shape(timestep, grid) if self.time_shape else timestep
+        if self.time:
+            timestep = torch.full((batch,), value if self.time_max == 1 else float(round(value)))
+            kwargs[self.time] = self.time_shape(timestep, grid) if self.time_shape else timestep
         return kwargs
 
     def outputs(self, output: Any) -> list[Tensor]:
@@ -117,15 +160,19 @@ class Specimen:
 
 
 def _noised(data: Any, level: float, seed: int) -> Any:
-    """``data`` (a tensor or a list of them) with noise mixed in on the straight path of flow matching."""
+    """``data`` (a tensor or a list of them) with noise mixed in on the straight path of flow matching.
+
+    Token ids have no path: the share ``level`` of them becomes the id after the largest, which stands for a mask.
+    """
     if isinstance(data, list):
         return [_noised(item, level, seed + index) for index, item in enumerate(data)]
     if not data.is_floating_point():
-        return data
+        order = noise(*data.shape, seed=seed).flatten(1).argsort(1).argsort(1).view(data.shape)
+        return torch.where(order < level * data[0].numel(), data.max() + 1, data)
     return (1 - level) * data + level * noise(*data.shape, seed=seed)
 
 
 def trajectory(specimen: Specimen, steps: int = 8, batch: int = 1, size: str = "even") -> Iterator[dict[str, Any]]:
-    """The inputs of successive denoising steps: same conditioning, noise going down, latents moving on a straight path."""
+    """The inputs of successive denoising steps: same conditioning, less noise each time, latents on a straight path."""
     for step in range(steps):
         yield specimen.inputs(batch, size, progress=step / steps)
