@@ -167,7 +167,7 @@ _QKV = re.compile(r"(.*_)?(w?qkv|kv)(_.*)?|in_proj|query_key_value", re.IGNORECA
 _ADDED = re.compile(r"(to_)?add(ed)?_?(q|k|v|qkv|kv|out)(_proj)?|to_add_out")
 _OUT = re.compile(r"(to_)?out(_proj|_layer|_t)?|o_proj|proj_attn|wo|.*attn_proj|proj|proj_out|linear_out")
 _MODULATION = re.compile(r"(^|[._])(ada|adaln|norm\w*|mod|modulation|\w*modulation|time_emb_proj|temb\w*|gate_layer)", re.IGNORECASE)
-_FINAL = re.compile(r"^(proj_out|final|norm_out|conv_out|out|head|lm_head|last|unpatch|project_from|to_logits)", re.IGNORECASE)
+_FINAL = re.compile(r"^(proj_out|norm_out|conv_out|out|head|lm_head|last|unpatch|project_from|to_logits)|(^|[._])final", re.IGNORECASE)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -189,10 +189,13 @@ def _plain_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _attention_modules(module: nn.Module) -> list[str]:
     """Names of the modules that own query projections (or a fused qkv) as direct children."""
     found: dict[str, None] = {}
-    for name, _ in _plain_layers(module):
+    for name, layer in _plain_layers(module):
         path = name.removesuffix(".base_layer").split(".")
         leaf, parent = path[-1], ".".join(path[:-1])
-        if _Q.fullmatch(leaf) or (_QKV.fullmatch(leaf) and "kv_mapper" not in leaf and not _ADDED.fullmatch(leaf)):
+        fused = _QKV.fullmatch(leaf) and "mapper" not in leaf and not _ADDED.fullmatch(leaf)
+        if leaf == "in_proj":  # a name that others use too
+            fused = _is_qkv_shaped(layer)
+        if _Q.fullmatch(leaf) or fused:
             found[parent] = None
     return list(found)
 
@@ -212,8 +215,8 @@ def _repeated_blocks(module: nn.Module, attention_names: list[str]) -> list[tupl
 
 def _is_cross(name: str, module: nn.Module) -> bool:
     declared = getattr(module, "is_cross_attention", None)
-    if isinstance(declared, bool):
-        return declared
+    if declared is False:  # a declared True may only mean fewer key heads, so look on
+        return False
     q = next((c for n, c in module.named_children() if _Q.fullmatch(n)), None)
     k = next((c for n, c in module.named_children() if _K.fullmatch(n)), None)
     if isinstance(q, nn.Linear) and isinstance(k, nn.Linear) and q.in_features != k.in_features:
@@ -235,12 +238,13 @@ def _layers(
             role = _conv_role(name)
         elif _MODULATION.search(inner):
             role = "modulation"
+        elif block is None:
+            deep = any(part.isdigit() for part in name.split(".")) and not re.search(r"embed|patch", name)
+            role = "final" if _FINAL.search(name) else "other" if deep else "embed"
         elif owner is not None and (role_ := _attention_role(_leaf(name), _is_cross(owner, by_name[owner]))):
             role = role_
-        elif block is not None:
-            role = _block_role(inner, layer, by_name[block])
         else:
-            role = "final" if _FINAL.search(name) else "embed"
+            role = _block_role(inner, layer, by_name[block])
         yield name, layer, role
 
 
