@@ -18,7 +18,7 @@ if _find_spec("diffaccel.kernels") is None:
 
 from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
-from diffaccel.errors import DiffAccelError, MissingPackageError, ModelError, PlanError
+from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
 from diffaccel.plan import Plan
 from diffaccel.quantization.section import Quantize
 
@@ -29,6 +29,7 @@ __all__ = [
     "Accelerated",
     "BlockSparse",
     "DiffAccelError",
+    "InputError",
     "MissingPackageError",
     "ModelError",
     "Plan",

@@ -18,6 +18,10 @@ class ModelError(DiffAccelError, ValueError):
     """A model argument that cannot be loaded or holds no denoiser."""
 
 
+class InputError(DiffAccelError, ValueError):
+    """A prompt, image, setting of the call or output path that cannot be used. Raised before anything is written."""
+
+
 class MissingPackageError(DiffAccelError, ImportError):
     """An optional package that the asked-for feature needs. The message holds the pip command."""
 
