@@ -106,7 +106,9 @@ class Accelerated:
         return Report(
             plan=self.plan.name or "custom",
             denoisers={d.component: type(d.module).__name__ for d in self._context.denoisers},
-            calls={d.component: roots[d.component].calls if d.component in roots else 0 for d in self._context.denoisers},
+            calls={
+                d.component: roots[d.component].calls if d.component in roots else 0 for d in self._context.denoisers
+            },
             techniques=[a.report() for a in self._attached],
             notes=list(self._notes),
             seconds={c: list(r.seconds) for c, r in roots.items() if r.seconds is not None},
@@ -162,5 +164,3 @@ def _plan_for(plan: str | os.PathLike[str] | Plan, model: Any) -> tuple[Plan, li
     if plan not in PRESETS:
         raise PlanError(f"no preset {plan!r}{did_you_mean(plan, PRESETS)}; write ./{plan} for a saved plan's folder")
     return preset_plan(plan, find_denoisers(model))
-
-

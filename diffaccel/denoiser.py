@@ -84,7 +84,10 @@ class Denoiser:
     @property
     def heads(self) -> tuple[int, ...]:
         """Sorted distinct head counts of the attention modules (identity of the model for plans)."""
-        counts = (attribute_of(site.module, "heads", "num_heads", "n_heads", "num_attention_heads") for site in self.attentions)
+        counts = (
+            attribute_of(site.module, "heads", "num_heads", "n_heads", "num_attention_heads")
+            for site in self.attentions
+        )
         return tuple(sorted({c for c in counts if isinstance(c, int)}))
 
 
@@ -166,8 +169,12 @@ _V = re.compile(r"(to_)?(v|value|wv)(_proj|_linear|_img|_t|_ip)?")
 _QKV = re.compile(r"(.*_)?(w?qkv|kv)(_.*)?|in_proj|query_key_value", re.IGNORECASE)
 _ADDED = re.compile(r"(to_)?add(ed)?_?(q|k|v|qkv|kv|out)(_proj)?|to_add_out")
 _OUT = re.compile(r"(to_)?out(_proj|_layer|_t)?|o_proj|proj_attn|wo|.*attn_proj|proj|proj_out|linear_out")
-_MODULATION = re.compile(r"(^|[._])(ada|adaln|norm\w*|mod|modulation|\w*modulation|time_emb_proj|temb\w*|gate_layer)", re.IGNORECASE)
-_FINAL = re.compile(r"^(proj_out|norm_out|conv_out|out|head|lm_head|last|unpatch|project_from|to_logits)|(^|[._])final", re.IGNORECASE)
+_MODULATION = re.compile(
+    r"(^|[._])(ada|adaln|norm\w*|mod|modulation|\w*modulation|time_emb_proj|temb\w*|gate_layer)", re.IGNORECASE
+)
+_FINAL = re.compile(
+    r"^(proj_out|norm_out|conv_out|out|head|lm_head|last|unpatch|project_from|to_logits)|(^|[._])final", re.IGNORECASE
+)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -239,8 +246,7 @@ def _layers(
         elif _MODULATION.search(inner):
             role = "modulation"
         elif block is None:
-            deep = any(part.isdigit() for part in name.split(".")) and not re.search(r"embed|patch", name)
-            role = "final" if _FINAL.search(name) else "other" if deep else "embed"
+            role = "final" if _FINAL.search(name) else _loose_role(name, layer, by_name)
         elif owner is not None and (role_ := _attention_role(_leaf(name), _is_cross(owner, by_name[owner]))):
             role = role_
         else:
@@ -285,6 +291,21 @@ def _block_role(inner: str, layer: nn.Module, block: nn.Module) -> str:
     if layer.out_features == layer.in_features:
         return "attn.out" if any(_is_qkv_shaped(c) for c in block.modules()) else "other"
     return "ff.in" if layer.out_features > layer.in_features else "ff.out"
+
+
+def _loose_role(name: str, layer: nn.Module, by_name: dict[str, nn.Module]) -> str:
+    """Role of a linear outside the attention blocks: a feed-forward of a residual stack, an embedding, or neither."""
+    parts = name.split(".")
+    ends = [i for i, part in enumerate(parts) if part.isdigit() and i + 1 < len(parts)]
+    if not any(part.isdigit() for part in parts) or re.search(r"embed|patch", name):
+        return "embed"
+    if not ends or not isinstance(layer, nn.Linear):
+        return "other"
+    element = by_name[".".join(parts[: ends[0] + 1])]
+    if layer.out_features > layer.in_features and _contracts_to(element, layer):
+        return "ff.in"
+    wider = (m for m in element.modules() if isinstance(m, nn.Linear) and m.in_features == layer.out_features)
+    return "ff.out" if any(m.out_features == layer.in_features and m is not layer for m in wider) else "other"
 
 
 def _is_qkv_shaped(layer: nn.Module) -> bool:

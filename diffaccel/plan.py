@@ -50,9 +50,16 @@ class Section:
     def _check_number(self, name: str, low: float, high: float, *, whole: bool = False, open_low: bool = False) -> None:
         value = getattr(self, name)
         kind = int if whole else (int, float)
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high or (open_low and value == low):
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or not low <= value <= high
+            or (open_low and value == low)
+        ):
             bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
-            raise PlanError(f"{type(self).__name__}.{name} must be a {'whole ' if whole else ''}number in {bounds}, got {value!r}")
+            raise PlanError(
+                f"{type(self).__name__}.{name} must be a {'whole ' if whole else ''}number in {bounds}, got {value!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the type's name and every field."""
@@ -197,7 +204,9 @@ class Plan:
         if self.artefacts:
             from safetensors.torch import save as save_tensors
 
-            _replace(folder / "artefacts.safetensors", save_tensors({n: t.contiguous() for n, t in self.artefacts.items()}))
+            _replace(
+                folder / "artefacts.safetensors", save_tensors({n: t.contiguous() for n, t in self.artefacts.items()})
+            )
             data["artefacts"] = sorted(self.artefacts)
         _replace(folder / "plan.json", json.dumps(data, indent=2).encode())
         return folder
@@ -245,7 +254,9 @@ def _load_artefacts(file: Path, names: list[str]) -> dict[str, Tensor]:
         raise PlanError(f"{file} is damaged ({error}); copy or calibrate the plan again") from None
     missing = sorted(set(names) - set(tensors))
     if missing:
-        raise PlanError(f"{file} lacks {', '.join(missing)}, which its plan.json names; copy or calibrate the plan again")
+        raise PlanError(
+            f"{file} lacks {', '.join(missing)}, which its plan.json names; copy or calibrate the plan again"
+        )
     return tensors
 
 
