@@ -1,0 +1,1 @@
+"""Metrics as pure functions, one a file; `diffaccel.eval.metrics.samples` says what they accept."""
