@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from diffaccel.plan import Section, section_type
 
+POLICIES = ("easy",)
+FORECASTS = ("hold", "residual", "linear")
+
 
 @section_type
 @dataclass(frozen=True, kw_only=True)
@@ -14,25 +17,33 @@ class StepCache(Section):
     """Skip whole denoiser calls while their result can be told from earlier ones.
 
     Args:
-        policy: ``easy`` (EasyCache: watches the model's input and output, arXiv:2507.02860) or ``mag`` (MagCache: skips
-            by calibrated magnitude ratios, arXiv:2506.09045; needs `diffaccel.calibrate`).
+        policy: which steps are skipped: ``easy`` (EasyCache: watches the input and output, arXiv:2507.02860) or
+            ``mag`` (MagCache: by calibrated magnitude ratios, arXiv:2506.09045; needs `diffaccel.calibrate`).
+        forecast: what stands in for a skipped output: ``hold`` (the last computed), ``residual`` (the input plus the
+            last difference of output and input; EasyCache and MagCache) or ``linear`` (the line through the last two
+            computed outputs over the timestep).
         threshold: error budget of a run of skipped steps, > 0; higher = faster, further from the original.
         protect_first: share of the schedule at its noisy start that is always computed (at least one step).
         protect_last: number of last steps that are always computed.
         max_skips: most consecutive skipped steps.
+        min_steps: schedules with fewer steps are left alone; step-distilled models have nothing to spare.
     """
 
     technique: ClassVar[str] = "caching"
 
     policy: str = "easy"
+    forecast: str = "linear"
     threshold: float = 0.05
     protect_first: float = 0.1
     protect_last: int = 1
     max_skips: int = 3
+    min_steps: int = 9
 
     def __post_init__(self) -> None:
-        self._check_choice("policy", ("easy", "mag"))
+        self._check_choice("policy", POLICIES)
+        self._check_choice("forecast", FORECASTS)
         self._check_number("threshold", 0, 100, open_low=True)
         self._check_number("protect_first", 0, 1)
         self._check_number("protect_last", 0, 1000, whole=True)
         self._check_number("max_skips", 1, 1000, whole=True)
+        self._check_number("min_steps", 1, 1000, whole=True)
