@@ -214,9 +214,7 @@ class Clock:
     def _watch(self, scheduler: Any) -> None:
         self._watched.append(scheduler)
         for method, then in (("set_timesteps", self._schedule_set), ("step", self._stepped)):
-            had = scheduler.__dict__.get(method)
-            setattr(scheduler, method, _Watched(scheduler, method, then))
-            self._undo.callback(_restore, scheduler, method, had)
+            self._undo.callback(watch_method(scheduler, method, then))
 
     def _schedule_set(self, scheduler: Any) -> None:
         self._manual = False
@@ -229,6 +227,13 @@ class Clock:
     def _stepped(self, scheduler: Any) -> None:
         self._scheduler_steps += 1
         self._end_step()
+
+
+def watch_method(owner: Any, name: str, then: Callable[[Any], None]) -> Callable[[], None]:
+    """Call ``then(owner)`` after each call of ``owner``'s method ``name``, on this instance only; returns the undo."""
+    had = owner.__dict__.get(name)
+    setattr(owner, name, _Watched(owner, name, then))
+    return functools.partial(_restore, owner, name, had)
 
 
 class _Watched:
