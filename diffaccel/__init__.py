@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if _find_spec("diffaccel.kernels") is None:
     raise ImportError(
-        "diffaccel was imported from a source checkout that is not installed: kernels/, pipelines/, eval/ and assets/ are "
-        "mapped into the package by the install. Run `pip install -e .` in the checkout."
+        "diffaccel was imported from a source checkout that is not installed: kernels/, pipelines/, eval/ and assets/ "
+        "are mapped into the package by the install. Run `pip install -e .` in the checkout."
     )
 
 from diffaccel.attention.section import BlockSparse

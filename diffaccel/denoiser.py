@@ -1,7 +1,7 @@
 """The denoiser: the network called once or twice per step, described by its structure.
 
-Nothing here keys on a class. Repeated blocks, attention modules and the roles of linears and convolutions follow from the
-module tree, the names that the field uses for projections, and shapes. What a name cannot tell (which attention calls
+Nothing here keys on a class. Repeated blocks, attention modules and the roles of linears and convolutions follow from
+the module tree, the names that the field uses for projections, and shapes. What a name cannot tell (which attention calls
 really happen, how their tokens lie) the attention technique learns from the first real call.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from diffaccel.errors import ModelError, PlanError, did_you_mean
+from diffaccel.errors import ModelError, PlanError
 from diffaccel.sites import SitePattern
 
 
@@ -110,8 +110,8 @@ def select(denoisers: Iterable[Denoiser], sites: str, kind: str) -> list[Site]:
 def find_denoisers(model: Any) -> tuple[Denoiser, ...]:
     """The denoisers of a pipeline (classic or modular), or the one that a bare module is.
 
-    A component is a denoiser when it is a network whose forward takes a timestep and no control image, or when diffusers'
-    naming says so (``transformer*``, ``unet*``).
+    A component is a denoiser when it is a network whose forward takes a timestep and no control image, or when
+    diffusers' naming says so (``transformer*``, ``unet*``).
 
     Raises:
         ModelError: ``model`` is neither, or holds no denoiser.
@@ -211,7 +211,7 @@ def _repeated_blocks(module: nn.Module, attention_names: list[str]) -> list[tupl
     """Innermost list elements that hold attention; else the elements of the outermost lists that hold two layers."""
     lists = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.ModuleList)]
     elements = [(f"{n}.{i}" if n else str(i), e) for n, m in lists for i, e in enumerate(m)]
-    owning = [(n, e) for n, e in elements if any(_inside(a, n) and a != n or a == n for a in attention_names)]
+    owning = [(n, e) for n, e in elements if any(_inside(a, n) for a in attention_names)]
     if owning:
         names = [n for n, _ in owning]
         return [(n, e) for n, e in owning if not any(other != n and _inside(other, n) for other in names)]
@@ -274,7 +274,7 @@ def _attention_role(leaf: str, cross: bool) -> str | None:
         if pattern.fullmatch(leaf):
             return f"{kind}.{part}"
     if _QKV.fullmatch(leaf):
-        return f"{kind}.k" if cross or "qkv" not in leaf.lower() and leaf != "in_proj" else f"{kind}.qkv"
+        return f"{kind}.k" if cross or ("qkv" not in leaf.lower() and leaf != "in_proj") else f"{kind}.qkv"
     return f"{kind}.out" if _OUT.fullmatch(leaf) else None
 
 
@@ -313,7 +313,7 @@ def _is_qkv_shaped(layer: nn.Module) -> bool:
 
 
 def _contracts_to(block: nn.Module, layer: nn.Linear) -> bool:
-    """Whether another linear of the block leads from ``layer``'s width (or half of it, when gated) back to its input's."""
+    """Whether another linear of the block leads from ``layer``'s width (half of it, when gated) back to its input's."""
     widths = (layer.out_features, layer.out_features // 2)
     return any(
         isinstance(other, nn.Linear) and other.in_features in widths and other.out_features == layer.in_features

@@ -1,7 +1,8 @@
 """Hooks on module instances, by diffusers' registry, that come off without a trace.
 
 diffusers' own removal leaves the registry and an instance attribute ``forward`` behind, drops a wrapper that accelerate
-put around it, and loses the hook above when a hook in the middle goes. `install` returns an undo that leaves none of this.
+put around it, and loses the hook above when a hook in the middle goes. `install` returns an undo that leaves none of
+this.
 """
 
 from __future__ import annotations

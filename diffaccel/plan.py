@@ -1,7 +1,7 @@
 """The plan: a frozen, comparable, serialisable description of everything that is applied. Needs no torch.
 
-A plan has one field per technique; what stands in a field are *sections*, frozen dataclasses that the technique's folder
-defines (``quantization/section.py`` and so on). On disk a plan is a folder with ``plan.json`` and, when it holds
+A plan has one field per technique; what stands in a field are *sections*, frozen dataclasses that the technique's
+folder defines (``quantization/section.py`` and so on). On disk a plan is a folder with ``plan.json`` and, when it holds
 calibrated tensors, ``artefacts.safetensors``.
 """
 

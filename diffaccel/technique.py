@@ -1,7 +1,7 @@
 """What every technique offers, so that `accelerate` can treat them alike.
 
-A technique's folder has ``section.py`` (torch-free settings) and ``attach.py`` with two functions: ``resolve`` checks the
-sections against the model and changes nothing; ``attach`` does the work and registers how to undo it.
+A technique's folder has ``section.py`` (torch-free settings) and ``attach.py`` with two functions: ``resolve`` checks
+the sections against the model and changes nothing; ``attach`` does the work and registers how to undo it.
 """
 
 from __future__ import annotations

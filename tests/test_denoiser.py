@@ -1,17 +1,18 @@
 """Structure: blocks, roles and attention modules of denoisers, without any list of classes."""
 
 from collections import Counter
+from typing import ClassVar
 
-import peft
 import pytest
 import torch
-from diffaccel import ModelError, PlanError
-from diffaccel.denoiser import Denoiser, find_denoisers, select, timestep_parameter
-from diffaccel.sites import ROLES
 from torch import nn
 from zoo import ZOO
 
-# Counted by hand from the tiny configurations: repeated blocks, self- or joint attentions, cross-attentions, and linears.
+from diffaccel import ModelError, PlanError
+from diffaccel.denoiser import Denoiser, find_denoisers, select, timestep_parameter
+from diffaccel.sites import ROLES
+
+# Counted by hand from the tiny configurations: repeated blocks, self- or joint attentions, cross-attentions, linears.
 KNOWN = {
     "pixart_sigma": dict(
         blocks=3, attn=3, cross=3, roles={"attn.q": 3, "cross.k": 3, "ff.in": 3, "ff.out": 3, "final": 1}
@@ -95,7 +96,6 @@ def test_unknown_names_are_told_by_shape():
 
 
 def test_lora_wrappers_keep_roles():
-    peft = pytest.importorskip("peft")
     model = ZOO["pixart_sigma"].build()
     before = {site.name: site.role for site in Denoiser.of(model, "transformer").layers}
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0"]), model)
@@ -118,7 +118,7 @@ def test_select_names_the_roles_that_exist():
 
 def test_what_is_no_denoiser_is_refused():
     class Pipeline:
-        components = {"vae": nn.Linear(2, 2), "scheduler": object()}
+        components: ClassVar = {"vae": nn.Linear(2, 2), "scheduler": object()}
 
     with pytest.raises(ModelError, match="vae"):
         find_denoisers(Pipeline())

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from diffaccel import BlockSparse, Plan, PlanError, Quantize, StepCache
-from diffaccel.plan import in_steps
 from hypothesis import given
 from hypothesis import strategies as st
+
+from diffaccel import BlockSparse, Plan, PlanError, Quantize, StepCache
+from diffaccel.plan import in_steps
 
 FULL = dict(
     quantization=[Quantize(sites="attn.* ff.*"), Quantize(sites="ff.in", steps=(0.25, 1.0))],
@@ -122,7 +123,8 @@ def test_building_a_plan_needs_no_torch():
     code = (
         "import sys, importlib.util as u\n"
         "spec = u.find_spec('diffaccel')\n"
-        "import types; package = types.ModuleType('diffaccel'); package.__path__ = list(spec.submodule_search_locations)\n"
+        "import types; package = types.ModuleType('diffaccel')\n"
+        "package.__path__ = list(spec.submodule_search_locations)\n"
         "sys.modules['diffaccel'] = package; sys.modules['torch'] = None\n"
         "for part in ('attention', 'quantization', 'caching'):\n"
         "    p = types.ModuleType('diffaccel.' + part); p.__path__ = [package.__path__[0] + '/' + part]\n"

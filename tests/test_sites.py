@@ -1,6 +1,7 @@
 """Site patterns."""
 
 import pytest
+
 from diffaccel import PlanError
 from diffaccel.sites import SitePattern
 

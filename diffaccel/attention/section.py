@@ -15,9 +15,11 @@ class BlockSparse(Section):
     """Compute only some blocks of self-attention: a static window over the token grid; text is always dense.
 
     Args:
-        density: kept share of attention blocks among the image tokens, in (0, 1]; lower = faster, further from the original.
+        density: kept share of attention blocks among the image tokens, in (0, 1]; lower = faster, further from the
+            original.
         sites: which attention calls, by role (``attn``) or name; cross-attention is never made sparse.
-        steps: range of progress in which the mask holds; outside it attention is dense. The noisy start needs all tokens.
+        steps: range of progress in which the mask holds; outside it attention is dense. The noisy start needs
+            all tokens.
         block_size: tokens per block, a multiple of 16.
     """
 
