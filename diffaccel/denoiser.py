@@ -1,8 +1,8 @@
 """The denoiser: the network called once or twice per step, described by its structure.
 
 Nothing here keys on a class. Repeated blocks, attention modules and the roles of linears and convolutions follow from
-the module tree, the names that the field uses for projections, and shapes. What a name cannot tell (which attention calls
-really happen, how their tokens lie) the attention technique learns from the first real call.
+the module tree, the names that the field uses for projections, and shapes. What a name cannot tell (which attention
+calls really happen, how their tokens lie) the attention technique learns from the first real call.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from torch import nn
 def install(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]:
     """Put ``hook`` around ``module.forward`` as ``diffaccel.<name>``; returns the function that takes it off again."""
     name = f"diffaccel.{name}"
-    had_registry = "_diffusers_hook" in module.__dict__
-    own_forward = module.__dict__.get("forward")
     before = module.forward
+    created = "_diffusers_hook" not in module.__dict__
     registry = HookRegistry.check_if_exists_or_initialize(module)
+    if created:
+        registry._created_by_diffaccel = True
     registry.register_hook(hook, name)
     registry.invalidate_child_registries_cache()
     ours = module.forward
@@ -38,10 +39,10 @@ def install(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]
             module.forward = wrapper
             if getattr(module, "_old_forward", None) is ours:
                 module._old_forward = before
-        elif above is None and own_forward is None and not registry.hooks:
-            module.__dict__.pop("forward", None)
-        if not had_registry and not registry.hooks:
-            module.__dict__.pop("_diffusers_hook", None)
+        elif getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward  # the class's own, which remove_hook left on the instance
+        if not registry.hooks and hasattr(registry, "_created_by_diffaccel"):
+            del module._diffusers_hook
         registry.invalidate_child_registries_cache()
 
     return remove

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import ClassVar
 
+import peft
 import pytest
 import torch
 from torch import nn
