@@ -108,7 +108,8 @@ class Specimen:
     time_rises: the model counts from 0 (noise) to time_max (data) instead of down.
     time_shape: turns the timesteps [B] into what the model takes, where that is not [B].
     text: where text tokens stand in the joint sequence, ``before`` or ``after`` the image tokens; ``cross``: text is
-        read by cross-attention only; ``none``: no text tokens; ``keys``: text is appended to keys and values only.
+        read by cross-attention only; ``none``: no text tokens; ``keys-before``, ``keys-after``: text joins
+        the keys and values of self-attention, but has no queries.
     video: the grid has several frames.
     odd: the grid of size ``odd``, where the model cannot take the usual one.
     """

@@ -139,7 +139,7 @@ IMAGE = [
     Specimen(
         "dit",
         "DiTTransformer2DModel",
-        dict(**_HEADS, num_layers=3, sample_size=16, norm_num_groups=4),
+        dict(**_HEADS, num_layers=3, sample_size=16, norm_num_groups=4, out_channels=8),
         lambda grid: {"hidden_states": planes(grid), "class_labels": torch.arange(grid.batch) + 3},
         "none",
         odd=(1, 9, 9),
@@ -353,7 +353,7 @@ IMAGE = [
         "PRXTransformer2DModel",
         dict(in_channels=4, context_in_dim=32, hidden_size=WIDTH, mlp_ratio=2, num_heads=4, depth=3, axes_dim=[8, 8]),
         lambda grid: _caption(grid) | {"attention_mask": text_mask(grid)},
-        "keys",
+        "keys-before",
         time_max=1.0,
     ),
     Specimen(

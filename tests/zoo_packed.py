@@ -156,7 +156,7 @@ PACKED = [
             capacity_factors=[2.0] * 5,
         ),
         _qwen,
-        "keys",
+        "keys-after",
         time_max=1.0,
     ),
     Specimen(

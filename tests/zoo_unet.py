@@ -196,7 +196,7 @@ UNET = [
             clip_text_pooled_in_channels=24,
         ),
         _cascade,
-        "keys",
+        "keys-after",
         latents=("sample",),
         time="timestep_ratio",
         time_max=1.0,
