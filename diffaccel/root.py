@@ -38,6 +38,7 @@ class RootHook(ModelHook):
         self.seconds: list[float] | None = [] if profile else None
         self.calls = 0
         self._clock = clock
+        self._component = denoiser.component
         self._signature = inspect.signature(denoiser.module.forward)
         self._timestep = timestep_parameter(denoiser.module)
 
@@ -54,7 +55,7 @@ class RootHook(ModelHook):
         for value in [v for v in arguments.values() if isinstance(v, dict)]:
             arguments = {**value, **arguments}  # **kwargs of the forward, and bundles such as added_cond_kwargs
         timestep = arguments.get(self._timestep) if self._timestep else None
-        call = self._clock.call(arguments, timestep, self.contexts.context)
+        call = self._clock.call(arguments, timestep, self.contexts.context, self._component)
         self.calls += 1
 
         def compute() -> Any:
