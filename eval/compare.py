@@ -1,0 +1,221 @@
+"""`compare`: plans against the unaccelerated pipeline and against fewer steps, in speed, fidelity and memory.
+
+All rows take turns prompt by prompt, so that a machine whose speed drifts is unfair to none. The control that every row
+has to beat is the same pipeline with fewer steps at the same cost.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diffaccel.denoiser import find_denoisers
+from diffaccel.errors import InputError
+from diffaccel.eval.generate import Job, generate, quiet
+from diffaccel.eval.meter import metered
+from diffaccel.eval.metrics.psnr import psnr
+from diffaccel.eval.metrics.ssim import ssim
+from diffaccel.eval.result import Result
+from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
+from diffaccel.eval.store import REFERENCE, Store, digest
+from diffaccel.eval.summary import matching_steps, result_of
+from diffaccel.inspection.weights import module_bytes
+from diffaccel.plan import Plan
+
+PlanLike = str | os.PathLike[str] | Plan
+Apply = Callable[[Any], AbstractContextManager[Any]]
+"""Puts any acceleration on a pipeline: called with it, returns what takes it off again on leaving."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row to be: how the pipeline is changed, and what its calls say instead."""
+
+    name: str
+    kind: str
+    apply: Apply
+    steps: int | None = None
+
+
+def compare(
+    model: Any,
+    plans: Mapping[str, PlanLike | Apply] | Sequence[str],
+    prompts: Sequence[str | Mapping[str, Any]],
+    seeds: Sequence[int] = (0,),
+    calls: Mapping[str, Any] | None = None,
+    controls: Sequence[str | int] = (FEWER_STEPS,),
+    repeats: int = 1,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    turn: int = 4,
+    noise_floor: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Run a pipeline with each plan and without, and measure what each gains and costs.
+
+    Every prompt runs alone (batch 1) with every seed from a CPU generator. A turn is: for each row, attach, two steps
+    of warm-up, then ``turn`` prompts. The reference is generated once. Nothing is left on the pipeline, which is checked.
+
+    Args:
+        model: a diffusers pipeline, or what `diffaccel.pipelines.load` returns (its default arguments then apply).
+        plans: by row name: what `diffaccel.accelerate` takes, or a function that gets the pipeline, applies any
+            acceleration and returns the context manager that takes it off. A list of presets is short for itself.
+        prompts: texts, or arguments of the call by name (such as ``image`` and ``prompt``).
+        seeds: of the generators.
+        calls: further arguments of every call, such as ``num_inference_steps``.
+        controls: ``"fewer steps"`` adds for each plan the step count whose measured loop time is nearest to the plan's;
+            numbers add that many steps.
+        repeats: how often every item is timed; fidelity is taken from the first.
+        folder: where results go as they come; an interrupted run goes on from there and loses at most the item in
+            flight. None: a temporary folder that lives as long as the result.
+        turn: prompts per row before the next row's turn. More = less attaching and warming up, drift cancels less.
+        noise_floor: add the reference with another thread count: the fidelity of a run that only rounds differently.
+        progress: whether to show a bar.
+
+    Raises:
+        InputError: a prompt, seed or control that cannot be used, or a folder with another comparison.
+        PlanError: a plan does not fit, or the pipeline is already accelerated.
+        ModelError: no denoiser in ``model``.
+    """
+    pipe = getattr(model, "pipe", model)
+    plans = dict(plans) if isinstance(plans, Mapping) else {name: name for name in plans}
+    calls = {**getattr(model, "defaults", {}), **(calls or {})}
+    request = Request(pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor)
+    request.check()
+    settings, steps = request.settings(), request.steps
+    store = Store(folder, settings)
+    jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
+    variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
+    variants += [Variant(name, "plan", _apply(plan), steps) for name, plan in plans.items()]
+    variants += [_fewer(n) for n in controls if isinstance(n, int)]
+    if noise_floor:
+        variants.append(Variant("noise floor", "noise floor", _other_threads, steps))
+    with _bar(progress) as bar, quiet(pipe):
+        runner = _Runner(pipe, calls, store, repeats, bar)
+        automatic = FEWER_STEPS in controls and steps is not None
+        turns = [jobs[i : i + turn] for i in range(0, len(jobs), turn)]
+        for index, these in enumerate(turns):
+            runner.take_turn(variants, these, len(jobs))
+            if automatic and index == 0:
+                variants += _matching(store, variants, plans, steps)
+                runner.take_turn(variants, these, len(jobs))
+        while automatic and (late := _matching(store, variants, plans, steps)):
+            variants += late
+            for these in turns:
+                runner.take_turn(variants, these, len(jobs))
+            names = ", ".join(v.name for v in late)
+            store.append(kind="note", text=f"{names}: found nearest only in the end, so timed after the other rows")
+        restored = runner.is_restored(jobs[0])
+    if not restored:
+        warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
+    return result_of(store, variants, list(plans) if automatic else [], jobs, conditions_of(settings), restored)
+
+
+class _Runner:
+    """Runs rows on jobs, leaving out what the store already holds."""
+
+    def __init__(self, pipe: Any, calls: Mapping[str, Any], store: Store, repeats: int, bar: Progress) -> None:
+        self._pipe, self._calls, self._store, self._repeats = pipe, calls, store, repeats
+        self._bar = bar
+        self._task = bar.add_task("comparing", total=None)
+        self._turns = 0
+
+    def take_turn(self, variants: Sequence[Variant], jobs: Sequence[Job], total_jobs: int) -> None:
+        """Every row on these jobs; the reference first, since the others are scored against it."""
+        self._bar.update(self._task, total=len(variants) * total_jobs * self._repeats)
+        for repeat in range(self._repeats):
+            others = list(variants[1:])
+            if self._turns % 2:
+                others.reverse()
+            self._turns += 1
+            for variant in (variants[0], *others):
+                self._run(variant, jobs, repeat)
+
+    def _run(self, variant: Variant, jobs: Sequence[Job], repeat: int) -> None:
+        pending = [j for j in jobs if not self._store.records("item", row=variant.name, item=j.index, repeat=repeat)]
+        self._bar.update(self._task, completed=len(self._store.records("item")), description=variant.name)
+        if not pending:
+            return
+        calls = dict(self._calls)
+        if variant.steps is not None:
+            calls["num_inference_steps"] = variant.steps
+        started = time.perf_counter()
+        with variant.apply(self._pipe) as handle:
+            attach_seconds = time.perf_counter() - started
+            warm_up = calls if variant.steps is None else {**calls, "num_inference_steps": min(2, variant.steps)}
+            generate(self._pipe, pending[0], warm_up)
+            weights = sum(module_bytes(denoiser.module) for denoiser in find_denoisers(self._pipe))
+            self._store.append(kind="row", row=variant.name, attach_seconds=attach_seconds, model_bytes=weights)
+            for job in pending:
+                self._measure(variant, job, repeat, calls)
+            if hasattr(handle, "report"):
+                self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
+
+    def _measure(self, variant: Variant, job: Job, repeat: int, calls: Mapping[str, Any]) -> None:
+        sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
+        scores: dict[str, Any] = {}
+        if variant.kind != "reference":
+            reference = self._store.load(REFERENCE, job.index)
+            if sample.shape != reference.shape:
+                raise InputError(f"{variant.name}: output {sample.shape}, reference {reference.shape}: not comparable")
+            identical = np.array_equal(sample, reference)
+            # JSON has no infinity: an identical sample has no dB.
+            scores = {"identical": identical, "psnr": None if identical else psnr([sample], [reference]).item()}
+            scores["ssim"] = ssim([sample], [reference]).item()
+        if repeat == 0:
+            self._store.save(variant.name, job.index, sample)
+        key = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
+        self._store.append(kind="item", **key, **scores, **cost.__dict__)
+        self._bar.advance(self._task)
+
+    def is_restored(self, job: Job) -> bool:
+        """Whether the pipeline as it now is gives the reference output to the bit."""
+        self._bar.update(self._task, description="checking")
+        return np.array_equal(generate(self._pipe, job, self._calls), self._store.load(REFERENCE, job.index))
+
+
+def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], steps: int | None) -> list[Variant]:
+    """Controls that are nearest in cost to a plan and not among the rows yet."""
+    have = {v.steps for v in variants if v.kind in ("control", "reference")}
+    wanted = {matching_steps(store, variants, plan) for plan in plans} - have
+    return [_fewer(n) for n in sorted(wanted)]
+
+
+def _fewer(steps: int) -> Variant:
+    return Variant(f"{steps} step{'s' if steps > 1 else ''}", "control", nullcontext, steps)
+
+
+def _apply(plan: PlanLike | Apply) -> Apply:
+    if callable(plan):
+        return plan
+    from diffaccel.attach import accelerate
+
+    return lambda pipe: accelerate(pipe, plan)
+
+
+class _other_threads(AbstractContextManager[None]):
+    """One thread more, or one fewer, inside the block: sums are split elsewhere, and nothing else differs."""
+
+    def __init__(self, _: Any) -> None:
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self._threads - 1 if self._threads > 1 else 2)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self._threads)
+
+
+def _bar(visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True, disable=not visible)

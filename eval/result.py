@@ -1,0 +1,190 @@
+"""The outcome of a comparison as data, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from diffaccel.eval.metrics.psnr import PSNR_CAP
+from diffaccel.eval.metrics.samples import Summary
+from diffaccel.eval.store import Store
+from diffaccel.eval.timing import Ratio
+
+_COLUMNS = ("steps", "loop\ns", "speed-up\n95 % interval", "PSNR dB\nmean / worst", "SSIM", "peak\nMiB", "weights\nMiB")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the pipeline, over all prompts and seeds.
+
+    Attributes:
+        name: the plan's name, ``reference``, or ``12 steps``.
+        kind: ``reference``, ``plan``, ``control`` (fewer steps, nothing else) or ``noise floor``.
+        steps: ``num_inference_steps`` of its calls; None where the pipeline takes none.
+        control_of: for a control, the plans whose cost it meets most nearly.
+        loop_seconds: median over the items of the seconds in the denoising loop.
+        call_seconds: likewise of the whole call.
+        speedup: of the denoising loop against the reference, paired by prompt, with a 95 % interval.
+        psnr, ssim: fidelity to the reference; None for the reference itself. Identical samples count as `PSNR_CAP` dB.
+        identical: samples equal to the reference to the bit.
+        peak_bytes: largest over the calls. On the CPU the resident set of the whole process, earlier rows' leftovers
+            included, so a later row never shows less than it needs.
+        model_bytes: of the denoisers' weights as they are while this row runs.
+        attach_seconds: median seconds to put the acceleration on.
+        notes: what a reader must know, such as fallbacks.
+        report: the acceleration's own report, ``{}`` where it makes none.
+    """
+
+    name: str
+    kind: str
+    steps: int | None
+    control_of: tuple[str, ...]
+    loop_seconds: float
+    call_seconds: float
+    speedup: Ratio
+    psnr: Summary | None
+    ssim: Summary | None
+    identical: int
+    peak_bytes: int
+    model_bytes: int
+    attach_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        body = dict(self.__dict__)
+        body["speedup"] = self.speedup.to_dict()
+        for name in ("psnr", "ssim"):
+            value: Summary | None = getattr(self, name)
+            body[name] = None if value is None else value._asdict()
+        return body
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `diffaccel.eval.compare.compare` measured. ``rich.print(result)`` shows the table.
+
+    Attributes:
+        rows: the reference first, then plans, controls and the noise floor.
+        prompts, seeds: every prompt ran with every seed.
+        conditions: pipeline, arguments of the calls, device, threads, versions.
+        restored: afterwards the pipeline gave the reference output to the bit.
+        notes: about the comparison as a whole.
+        store: the folder with the outputs.
+    """
+
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    conditions: Mapping[str, Any]
+    restored: bool
+    notes: tuple[str, ...] = ()
+    store: Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.store.folder if self.store else None
+
+    def row(self, name: str) -> Row:
+        """The row of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; rows: {', '.join(r.name for r in self.rows)}")
+
+    def control_for(self, plan: str) -> Row | None:
+        """The row of fewer steps at the cost of ``plan``; None where none was run."""
+        return next((r for r in self.rows if plan in r.control_of), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "conditions": dict(self.conditions),
+            "restored": self.restored,
+            "notes": list(self.notes),
+        }
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write `to_dict` as JSON."""
+        path = Path(file)
+        path.write_text(json.dumps(self.to_dict(), indent=1))
+        return path
+
+    def table(self) -> Table:
+        """One line per row; controls are indented under the plan they belong to."""
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=self._title(), title_justify="left", title_style=""
+        )
+        table.add_column("", overflow="fold")
+        for name in (
+            "steps",
+            "loop s",
+            "speed-up",
+            "PSNR dB",
+            "worst 10 %",
+            "SSIM",
+            "worst 10 %",
+            "peak memory",
+            "weights",
+        ):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self._ordered():
+            table.add_row(*_cells(row), style="dim" if row.kind in ("control", "noise floor") else "")
+        return table
+
+    def _ordered(self) -> list[Row]:
+        ordered: list[Row] = []
+        for row in self.rows:
+            if row.kind != "control":
+                ordered += [row, *(c for c in self.rows if row.name in c.control_of and c not in ordered)]
+        return ordered + [row for row in self.rows if row not in ordered]
+
+    def _title(self) -> str:
+        c = self.conditions
+        count = (
+            f"{len(self.prompts)} prompts, seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+        )
+        return f"{c.get('pipeline', '')}: {count}, {c.get('device', '')}, {c.get('threads', '')} threads"
+
+    def __rich__(self) -> Group:
+        notes = [f"{row.name}: {note}" for row in self.rows for note in row.notes]
+        legend = (
+            "Speed-up: denoising loop against the reference, medians paired by prompt, 95 % interval. "
+            f"PSNR (mean / mean of the worst tenth) and SSIM against the reference of the same seed; identical counts as "
+            f"{PSNR_CAP:g} dB. "
+            "Dim rows are controls: fewer steps at the cost of the plan above."
+        )
+        restored = "afterwards the pipeline gave the reference output to the bit"
+        broken = "AFTERWARDS THE PIPELINE DID NOT GIVE THE REFERENCE OUTPUT"
+        lines = [legend, restored if self.restored else broken, *self.notes, *notes]
+        return Group(self.table(), *(Text(line, style="dim") for line in lines))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    ratio, psnr, ssim = row.speedup, row.psnr, row.ssim
+    return (
+        f"  {row.name}" if row.kind == "control" else row.name,
+        "-" if row.steps is None else str(row.steps),
+        f"{row.loop_seconds:.3g}",
+        "1" if row.kind == "reference" else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
+        "-" if psnr is None else f"{psnr.mean:.1f} / {psnr.worst_decile:.1f}",
+        "-" if ssim is None else f"{ssim.mean:.4f}",
+        f"{row.peak_bytes / 2**20:.0f}",
+        f"{row.model_bytes / 2**20:.1f}",
+    )

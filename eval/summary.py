@@ -1,0 +1,107 @@
+"""From the records of a comparison to its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffaccel.eval.generate import Job
+from diffaccel.eval.metrics.psnr import PSNR_CAP
+from diffaccel.eval.metrics.samples import summarise
+from diffaccel.eval.result import Result, Row
+from diffaccel.eval.store import REFERENCE, Store
+from diffaccel.eval.timing import Ratio, nearest, speedup
+
+
+class RowSpec(Protocol):
+    """What a summary needs to know of a row."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def steps(self) -> int | None: ...
+
+
+def speedup_of(store: Store, name: str) -> Ratio:
+    """Speed-up of the denoising loop over the items that both the row and the reference have."""
+    base, other = _loops(store, REFERENCE), _loops(store, name)
+    common = sorted(base.keys() & other.keys())
+    return speedup([base[key] for key in common], [other[key] for key in common])
+
+
+def matching_steps(store: Store, variants: Sequence[RowSpec], plan: str) -> int:
+    """The step count whose loop takes nearest the time that ``plan``'s does, from what was measured so far.
+
+    Counts that were run have their measured ratio; between them (and zero steps) time is taken as linear in steps.
+    """
+    measured = {v.steps: 1 / speedup_of(store, v.name).value for v in variants if v.kind == "control" and v.steps}
+    full = next(v.steps for v in variants if v.kind == "reference")
+    assert full is not None
+    measured[full] = 1.0
+    known = sorted({0: 0.0, **measured}.items())
+    counts = range(1, max(full, *measured) + 1)
+    times = np.interp(counts, [k for k, _ in known], [t for _, t in known])
+    return nearest(1 / speedup_of(store, plan).value, dict(zip(counts, times.tolist(), strict=True)))
+
+
+def result_of(
+    store: Store,
+    variants: Sequence[RowSpec],
+    matched: Sequence[str],
+    jobs: Sequence[Job],
+    conditions: Mapping[str, Any],
+    restored: bool,
+) -> Result:
+    """The rows, the plans in ``matched`` each with its control of fewer steps."""
+    control_of: dict[int, list[str]] = {}
+    for plan in matched:
+        control_of.setdefault(matching_steps(store, variants, plan), []).append(plan)
+    rows = []
+    for variant in variants:
+        plans = control_of.get(variant.steps or -1, []) if variant.kind == "control" else []
+        rows.append(_row(store, variant, tuple(plans)))
+    full = variants[0].steps
+    notes = [r["text"] for r in store.records("note")]
+    notes += [f"{plan}: no faster than the reference, so it has no control" for plan in control_of.get(full or -1, [])]
+    if store.resumed:
+        notes.append("the run was interrupted and resumed")
+    prompts = tuple(dict.fromkeys(job.label for job in jobs))
+    seeds = tuple(dict.fromkeys(job.seed for job in jobs))
+    return Result(tuple(rows), prompts, seeds, conditions, restored, tuple(notes), store)
+
+
+def _loops(store: Store, name: str) -> dict[tuple[int, int], float]:
+    return {(r["item"], r["repeat"]): r["loop_seconds"] for r in store.records("item", row=name)}
+
+
+def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...]) -> Row:
+    items = store.records("item", row=variant.name)
+    turns = store.records("row", row=variant.name)
+    first = [r for r in items if r["repeat"] == 0]
+    scored = variant.kind != "reference"
+    report = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
+    notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
+    digests = {r["item"]: r["digest"] for r in first}
+    if any(r["digest"] != digests[r["item"]] for r in items):
+        notes.append("its output differs from repeat to repeat")
+    return Row(
+        name=variant.name,
+        kind=variant.kind,
+        steps=variant.steps,
+        control_of=control_of,
+        loop_seconds=float(np.median([r["loop_seconds"] for r in items])),
+        call_seconds=float(np.median([r["seconds"] for r in items])),
+        speedup=speedup_of(store, variant.name),
+        psnr=summarise([PSNR_CAP if r["psnr"] is None else r["psnr"] for r in first], PSNR_CAP) if scored else None,
+        ssim=summarise([r["ssim"] for r in first], 1.0) if scored else None,
+        identical=sum(r["identical"] for r in first) if scored else len(first),
+        peak_bytes=max(r["peak_bytes"] for r in items),
+        model_bytes=turns[-1]["model_bytes"],
+        attach_seconds=float(np.median([t["attach_seconds"] for t in turns])),
+        notes=tuple(notes),
+        report=report,
+    )
