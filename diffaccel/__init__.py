@@ -20,14 +20,17 @@ from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
 from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
 from diffaccel.plan import Plan
+from diffaccel.quantization.register import register as _register_quantizer
 from diffaccel.quantization.section import Quantize
 
 if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
+    from diffaccel.quantization.config import DiffAccelConfig
 
 __all__ = [
     "Accelerated",
     "BlockSparse",
+    "DiffAccelConfig",
     "DiffAccelError",
     "InputError",
     "MissingPackageError",
@@ -41,8 +44,12 @@ __all__ = [
 
 _LAZY = {
     "Accelerated": "diffaccel.attach",
+    "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
 }
+
+
+_register_quantizer()  # so that diffusers' from_pretrained knows what we saved
 
 
 def __getattr__(name: str) -> Any:

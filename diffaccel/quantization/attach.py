@@ -1,0 +1,295 @@
+"""Puts int8 linears in place of a denoiser's linears, and the originals back."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffaccel.clock import Call
+from diffaccel.denoiser import Denoiser, Site, select
+from diffaccel.errors import PlanError
+from diffaccel.kernels._candidates import choices
+from diffaccel.kernels.int8_linear import quantize_per_channel
+from diffaccel.originals import Originals, Parked
+from diffaccel.plan import in_steps
+from diffaccel.quantization.linear import (
+    Phase,
+    QuantizedLinear,
+    become_linear,
+    become_quantized,
+    refuse_loading,
+)
+from diffaccel.quantization.quantizer import mark_quantized
+from diffaccel.quantization.section import Quantize
+from diffaccel.quantization.worth import speedup, typical_tokens
+from diffaccel.report import TechniqueReport
+from diffaccel.root import Compute
+from diffaccel.technique import Context
+
+Ranges = tuple[tuple[float, float], ...]
+
+_ALWAYS: Ranges = ((0.0, 1.0),)
+_MIN_FEATURES = 16
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class Resolved:
+    """Which linears become int8, with the step ranges of each, and what is left alone: reason -> full names."""
+
+    sites: dict[Site, Ranges]
+    skipped: dict[str, list[str]]
+    settings: str
+
+
+def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
+    """Find the plain linears that the sections mean; where several match a site, the last one wins at its steps.
+
+    Raises:
+        PlanError: a pattern matches no layer, or none that can be quantized, or group offloading is on.
+    """
+    for denoiser in context.denoisers:
+        _refuse_group_offload(denoiser)
+    users = _users(context.denoisers)
+    sites: dict[Site, Ranges] = {}
+    skipped: defaultdict[str, list[str]] = defaultdict(list)
+    for section in sections:
+        usable = False
+        for site in select(context.denoisers, section.sites, "layers"):
+            reason = why_not(site.module, users)
+            if reason is None:
+                sites[site] = (*sites.get(site, ()), section.steps)
+                usable = True
+            elif site.full_name not in skipped[reason]:
+                skipped[reason].append(site.full_name)
+        if not usable:
+            reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in skipped.items())
+            raise PlanError(f"Quantize(sites={section.sites!r}) matches no linear that can be quantized: {reasons}")
+    for site, ranges in sites.items():
+        sites[site] = _ALWAYS if _ALWAYS[0] in ranges else tuple(dict.fromkeys(ranges))
+    return Resolved(sites, dict(skipped), "; ".join(_describe(s) for s in sections))
+
+
+def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
+    """Convert one layer at a time."""
+    originals = Originals(context.originals, context.undo)
+    phases = {
+        (d.component, ranges): Phase(ranges)
+        for d in context.denoisers
+        for ranges in set(resolved.sites.values()) - {_ALWAYS}
+        if any(s.component == d.component and r == ranges for s, r in resolved.sites.items())
+    }
+    for component, phase in ((c, p) for (c, _), p in phases.items()):
+        denoiser = next(d for d in context.denoisers if d.component == component)
+        context.root(denoiser).listeners.append(_follow(phase))
+    notes = _slower(resolved, context)
+    layers: dict[Site, QuantizedLinear] = {}
+    facts: Counter[str] = Counter()
+    for site, ranges in resolved.sites.items():
+        layer = site.module
+        assert isinstance(layer, nn.Linear)
+        phase = phases.get((site.component, ranges))
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter)
+        facts["bytes_before"] += weight.nbytes
+        parked = originals.claim(weight, stay=phase is not None)
+        with torch.no_grad():
+            qweight, scale = quantize_per_channel(weight)
+            if not _is_finite(scale):
+                raise PlanError(
+                    f"{site.full_name} holds weights that are not finite; exclude it by sites='... !{site.full_name}'"
+                )
+            context.undo.callback(_restore, layer, parked, layer.__dict__.get("forward"))
+            become_quantized(layer, qweight, scale, weight.dtype, parked, phase)
+            parked.store()
+        assert isinstance(layer, QuantizedLinear)
+        layers[site] = layer
+        facts["bytes_after"] += layer.qweight.nbytes + layer.scale.nbytes
+    for denoiser in context.denoisers:
+        own = {s.name: layer for s, layer in layers.items() if s.component == denoiser.component}
+        handle = denoiser.module.register_load_state_dict_pre_hook(_LoadGuard(own))
+        context.undo.callback(handle.remove)
+    return QuantizedLinears(resolved, context, originals, layers, dict(facts), notes)
+
+
+class QuantizedLinears:
+    """W8A8 at work; see `diffaccel.technique.Attached`."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        context: Context,
+        originals: Originals,
+        layers: dict[Site, QuantizedLinear],
+        bytes_: dict[str, int],
+        notes: list[str],
+    ) -> None:
+        self._resolved, self._context, self._originals = resolved, context, originals
+        self._layers, self._bytes, self._notes = layers, bytes_, notes
+
+    def report(self) -> TechniqueReport:
+        """Sites, bytes of their weights before and after, activation bits, the kernel per shape with its speed."""
+        notes = [*self._notes]
+        for reason, names in self._resolved.skipped.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            notes.append(f"left alone: {', '.join(names[:3])}{more}: {reason}")
+        ranged = sum(1 for layer in self._layers.values() if layer.phase is not None)
+        if ranged:
+            notes.append(f"{ranged} sites have a step range and keep their originals on the device, also after bake()")
+        bits = sorted({layer.bits for layer in self._layers.values()})
+        if 7 in bits:
+            notes.append("activations have 7 bits: without VNNI this CPU's int8 kernels saturate at 8")
+        facts = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
+        if kernels := self._kernels():
+            facts["kernels"] = kernels
+        return TechniqueReport("quantization", self._resolved.settings, len(self._layers), facts, notes)
+
+    def bake(self) -> None:
+        """Let the originals go, and make ``save_pretrained`` save what remains so that ``from_pretrained`` loads it."""
+        for layer in self._layers.values():
+            if layer.phase is None:
+                layer.parked = None
+        self._originals.discard()
+        for denoiser in self._context.denoisers:
+            if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
+                mark_quantized(denoiser.module)
+
+    def _kernels(self) -> dict[str, str]:
+        shapes = {(f"K{layer.in_features}", f"N{layer.out_features}") for layer in self._layers.values()}
+        used = {}
+        for choice in choices("int8_linear"):
+            words = choice.shape.split()
+            if any(K in words and N in words for K, N in shapes):
+                factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
+                used[" ".join(words[1:])] = f"{choice.name}{factor}"
+        return used
+
+
+def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]]) -> str | None:
+    """Why a layer stays as it is, or None. ``users``: id of a parameter -> names of what holds it."""
+    if isinstance(layer, QuantizedLinear):
+        return "already quantized by diffaccel"
+    if not isinstance(layer, nn.Linear):
+        return "convolutions are not quantized"
+    if type(layer) is not nn.Linear:
+        return f"a {type(layer).__name__} instead of a plain nn.Linear"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed at every call (weight_norm or a parametrization)"
+    if not _is_ordinary(weight):
+        return f"its weight is already quantized ({type(weight.data).__name__})"
+    if weight.device.type == "meta":
+        return (
+            "its weight is not in memory (sequential offload): accelerate first, then enable_sequential_cpu_offload()"
+        )
+    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+        return f"it is stored in {weight.dtype} (layerwise casting): load the model again without that"
+    if weight.dtype not in _FLOATS:
+        return f"its weight has dtype {weight.dtype}"
+    if hooks := _hooks(layer):
+        return f"its forward is already replaced ({hooks}); accelerate first, then add this"
+    if len(sharing := users.get(id(weight), ())) > 1:
+        return f"its weight is shared by {' and '.join(sharing)}"
+    if min(layer.in_features, layer.out_features) < _MIN_FEATURES:
+        return f"fewer than {_MIN_FEATURES} input or output features"
+    return None
+
+
+def _is_ordinary(weight: nn.Parameter) -> bool:
+    return type(weight.data) in (torch.Tensor, torch._subclasses.FakeTensor) and type(weight) in (
+        nn.Parameter,
+        torch._subclasses.FakeTensor,
+    )
+
+
+def _hooks(layer: nn.Linear) -> str:
+    """Who replaced ``layer.forward``; empty where nobody did, or where removed hooks left nn.Linear's own behind."""
+    forward = layer.__dict__.get("forward")
+    if forward is None or getattr(forward, "__func__", None) is nn.Linear.forward:
+        return ""
+    registry = getattr(layer, "_diffusers_hook", None)
+    names = list(getattr(registry, "hooks", {}))
+    if hook := getattr(layer, "_hf_hook", None):
+        names.append(type(hook).__name__)
+    return ", ".join(names) or "by something unknown"
+
+
+def _refuse_group_offload(denoiser: Denoiser) -> None:
+    for module in denoiser.module.modules():
+        if any("group_offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})):
+            raise PlanError(
+                f"group offloading is already on for {denoiser.component}, and keeps lists of the weights that "
+                "quantization replaces; accelerate first, then enable_group_offload()"
+            )
+
+
+def _users(denoisers: Sequence[Denoiser]) -> dict[int, list[str]]:
+    users: defaultdict[int, list[str]] = defaultdict(list)
+    for denoiser in denoisers:
+        for name, module in denoiser.module.named_modules():
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    users[id(parameter)].append(f"{denoiser.component}.{name}.{own}")
+    return users
+
+
+def _describe(section: Quantize) -> str:
+    steps = "" if section.steps == _ALWAYS[0] else f" for progress {section.steps[0]:g} to {section.steps[1]:g}"
+    return f"{section.weights} weights, {section.activations} activations on {section.sites}{steps}"
+
+
+def _slower(resolved: Resolved, context: Context) -> list[str]:
+    """One warning, and a note for the report, where int8 measures slower than the float linears here."""
+    notes = []
+    for denoiser in context.denoisers:
+        linears = [
+            s.module for s in resolved.sites if s.component == denoiser.component and isinstance(s.module, nn.Linear)
+        ]
+        tokens = typical_tokens(denoiser)
+        factor = None if _is_fake(linears) else speedup(linears, tokens)
+        if factor is not None and factor < 1:
+            note = f"{denoiser.component}: int8 linears measure {factor:.2f}x of the float speed here ({tokens} tokens)"
+            warnings.warn(f"diffaccel: {note}; applied as asked", stacklevel=4)
+            notes.append(note)
+    return notes
+
+
+def _follow(phase: Phase) -> Any:
+    def listener(call: Call, arguments: Mapping[str, Any], compute: Compute) -> None:
+        phase.active = any(in_steps(call.progress, steps) for steps in phase.ranges)
+
+    return listener
+
+
+def _restore(layer: nn.Linear, parked: Parked, forward: Any) -> None:
+    if isinstance(layer, QuantizedLinear):
+        device, dtype = layer.scale.device, layer.weight_dtype
+        become_linear(layer, parked.restore(device, dtype))
+        if forward is not None and "forward" not in layer.__dict__:
+            layer.__dict__["forward"] = forward
+
+
+def _is_fake(linears: Sequence[nn.Linear]) -> bool:
+    return any(isinstance(m.weight, torch._subclasses.FakeTensor) for m in linears)
+
+
+def _is_finite(scale: torch.Tensor) -> bool:
+    return isinstance(scale, torch._subclasses.FakeTensor) or bool(scale.isfinite().all())
+
+
+class _LoadGuard:
+    """Refuses to load weights into quantized layers before the first weight of the model is loaded."""
+
+    def __init__(self, layers: dict[str, QuantizedLinear]) -> None:
+        self._layers = layers
+
+    def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for name, layer in self._layers.items():
+            for wrapped in ("", "base_layer."):  # LoRA may have come since
+                refuse_loading(layer, state_dict, f"{prefix}{name}.{wrapped}")

@@ -1,0 +1,71 @@
+"""`DiffAccelConfig`: what ``from_pretrained(quantization_config=...)`` takes and a saved ``config.json`` holds."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from diffaccel.errors import PlanError
+from diffaccel.quantization.section import Quantize
+
+
+class _Method(str, Enum):  # noqa: UP042  (diffusers compares it with text and reads .value, as of its own str enum)
+    DIFFACCEL = "diffaccel"
+
+
+class DiffAccelConfig(QuantizationConfigMixin):
+    """A diffusers quantization config: int8 weights and activations, as `Quantize` describes them.
+
+    >>> model = PixArtTransformer2DModel.from_pretrained(folder, quantization_config=DiffAccelConfig())  # doctest: +SKIP
+
+    Args:
+        sites: which linears, as in `Quantize`. Ignored when quantized weights are loaded: those know themselves.
+        weights: ``int8``.
+        activations: ``int8``.
+        dtype: what the weights were before, such as ``bfloat16``; written when a model is saved. ``torch_dtype`` of
+            ``from_pretrained`` goes before it.
+
+    Raises:
+        PlanError: a value that `Quantize` refuses, or an unknown field.
+    """
+
+    def __init__(
+        self,
+        sites: str = Quantize.sites,
+        weights: str = "int8",
+        activations: str = "int8",
+        dtype: str | None = None,
+        quant_method: str = _Method.DIFFACCEL.value,
+    ) -> None:
+        Quantize(sites=sites, weights=weights, activations=activations)
+        if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise PlanError(f"DiffAccelConfig.dtype must name a torch dtype such as 'bfloat16', got {dtype!r}")
+        self.quant_method = _Method(quant_method)
+        self.sites = sites
+        self.weights = weights
+        self.activations = activations
+        self.dtype = dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """``dtype`` as torch knows it."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**self.__dict__, "quant_method": self.quant_method.value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same; diffusers logs it."""
+        return self.to_dict()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DiffAccelConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"DiffAccelConfig({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if k != 'quant_method')})"
