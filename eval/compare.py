@@ -64,7 +64,7 @@ def compare(
     """Run a pipeline with each plan and without, and measure what each gains and costs.
 
     Every prompt runs alone (batch 1) with every seed from a CPU generator. A turn is: for each row, attach, two steps
-    of warm-up, then ``turn`` prompts. The reference is generated once. Nothing is left on the pipeline, which is checked.
+    of warm-up, then ``turn`` prompts. The reference is generated once. Nothing stays on the pipeline, which is checked.
 
     Args:
         model: a diffusers pipeline, or what `diffaccel.pipelines.load` returns (its default arguments then apply).
