@@ -72,7 +72,7 @@ def pending(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any], *, o
         have, want = known.get(job.file), _record(job, settings)
         if have != want:
             other = [k for k in want if have is not None and have.get(k) != want[k]]
-            why = f"was made with another {', '.join(other)}" if other else "is not from a run of diffaccel"
+            why = f"was made with other settings ({', '.join(other)})" if other else "is not from a run of diffaccel"
             raise InputError(f"{str(folder / job.file)!r} exists and {why}; use --overwrite or another --out")
     return todo
 
@@ -97,7 +97,7 @@ def run_jobs(
         wrapped: the pipeline.
         jobs: see `make_jobs`; file names end in a video suffix exactly for pipelines that make videos.
         folder: made if missing.
-        settings: JSON-ready; whatever decides the outputs (model, plan, steps, ...). Outputs of other settings are refused.
+        settings: JSON-ready; whatever decides the outputs (model, plan, steps, ...); others are refused.
         image, strength: the start image, see `Wrapped.generate_image`.
         fps: of videos.
         overwrite: make everything again.

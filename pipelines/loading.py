@@ -38,8 +38,8 @@ def load(
     """Load a pipeline and, with ``plan``, accelerate it.
 
     Args:
-        model: ``bundled:image``, ``bundled:video``, a folder that ``save_pretrained`` wrote, or a hub id. The bundled ones
-            never touch the network.
+        model: ``bundled:image``, ``bundled:video``, a folder that ``save_pretrained`` wrote, or a hub id. The bundled
+            ones never touch the network.
         plan: what `diffaccel.accelerate` takes; None leaves the pipeline as it is.
         dtype: of weights and computation; None is bfloat16 on CUDA and float32 elsewhere.
         device: None is CUDA where there is one, else the CPU.
@@ -88,11 +88,7 @@ def _checked_folder(folder: Path) -> Path:
             "pipeline to diffaccel.accelerate, or save it as a folder by save_pretrained"
         )
     inner = sorted(p.parent.name for p in folder.glob(f"*/{_INDEX}"))
-    hint = (
-        f"did you mean {str(folder / inner[0])!r}?"
-        if inner
-        else "give the folder that save_pretrained of a pipeline wrote"
-    )
+    hint = f"did you mean {str(folder / inner[0])!r}?" if inner else "give one that save_pretrained of a pipeline wrote"
     raise ModelError(f"{str(folder)!r} holds no {_INDEX}, so it is no diffusers pipeline; {hint}")
 
 
@@ -108,7 +104,7 @@ def _from_pretrained(source: str, name: str, options: dict[str, Any]) -> Any:
             raise ModelError(f"{name} cannot be loaded: {_first_line(error)}; the folder may be incomplete") from error
         raise ModelError(
             f"{name!r} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
-            f"{_first_line(error)}); check the name and the network, or use bundled:image or bundled:video, which need none"
+            f"{_first_line(error)}); check the name and the network, or use bundled:image or bundled:video without one"
         ) from error
 
 

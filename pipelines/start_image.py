@@ -1,8 +1,8 @@
 """Image-to-image for pipelines that have no class of their own for it: start the schedule at a noised image.
 
-SDEdit (arXiv:2108.01073, algorithm 1): encode the image, add the noise of an intermediate step, denoise from there. Needs
-nothing from the pipeline but a ``latents`` argument, its VAE and its scheduler. The schedule keeps its full length, so steps
-of a plan count as without an image.
+SDEdit (arXiv:2108.01073, algorithm 1): encode the image, add the noise of an intermediate step, denoise from there.
+Needs nothing from the pipeline but a ``latents`` argument, its VAE and its scheduler. The schedule keeps its full
+length, so steps of a plan count as without an image.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def can_start_from_image(pipe: Any) -> bool:
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if vae is None or denoiser is None or not hasattr(scheduler, "add_noise") or "latents" not in call_parameters(pipe):
         return False
-    moves_schedule = getattr(scheduler.config, "use_dynamic_shifting", False)  # by a shift that only the pipeline knows
+    if getattr(scheduler.config, "use_dynamic_shifting", False):  # by a shift that only the pipeline knows
+        return False
+    if getattr(vae.config, "latents_mean", None) is not None:  # the pipeline normalises latents in a way of its own
+        return False
     channels = getattr(vae.config, "latent_channels", None)
-    channels = (
-        None if getattr(vae.config, "latents_mean", None) is not None else channels
-    )  # normalised in a way of its own
     same = channels is not None and channels == getattr(denoiser.config, "in_channels", None)
-    return same and not moves_schedule and hasattr(scheduler, "set_begin_index") and not makes_video(pipe)
+    return same and hasattr(scheduler, "set_begin_index") and not makes_video(pipe)
 
 
 @contextmanager

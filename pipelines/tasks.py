@@ -27,7 +27,7 @@ def image_parameter(pipe: Any) -> str | None:
 
 
 def needs_image(pipe: Any) -> bool:
-    """Whether nothing can be generated without an image: the parameter has no default, or a strength says how much of it to keep."""
+    """Whether nothing can be made without an image: it has no default, or a strength says how much of it to keep."""
     name = image_parameter(pipe)
     if name is None:
         return False

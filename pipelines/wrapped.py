@@ -77,7 +77,7 @@ class Wrapped:
         Args:
             prompt: a text, or one per image.
             image: start image for image-to-image; one for all prompts, or one each.
-            strength: with a start image, the share of the schedule that runs, in (0, 1]; higher = further from the image.
+            strength: with a start image, the share of the schedule that runs, in (0, 1]; higher = further from it.
             negative_prompt: what to stay away from.
             seed: of each image, or of the first; the next ones count up. The same seed gives the same image in a batch
                 and alone, up to rounding.
@@ -221,7 +221,7 @@ class Wrapped:
         generators: list[torch.Generator],
         stack: ExitStack,
     ) -> tuple[Any, dict[str, Any]]:
-        """The pipeline to call and the arguments that carry the image: its own way, diffusers' class, or the schedule."""
+        """What to call and the arguments that carry the image: its own way, diffusers' class, or the schedule."""
         size = [arguments[n] for n in ("width", "height") if n in arguments]
         images = [i.resize((size[0], size[1]), Image.Resampling.LANCZOS) for i in images] if len(size) == 2 else images
         pipe = self.pipe if tasks.image_parameter(self.pipe) else self._image_to_image()
@@ -237,10 +237,6 @@ class Wrapped:
         pixels = self.pipe.image_processor.preprocess(images)
         steps = arguments.get("num_inference_steps") or tasks.call_parameters(self.pipe)["num_inference_steps"].default
         return self.pipe, {"latents": stack.enter_context(start_image(self.pipe, pixels, steps, strength, generators))}
-
-    @property
-    def _target(self) -> str:
-        return "video" if self.makes_video else "image"
 
     def _image_to_image(self) -> Any:
         """diffusers' image-to-image class over the same components (an acceleration stays on them), or None."""

@@ -1,0 +1,37 @@
+"""The command line, ``diffaccel``. Commands import torch only when they run, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from diffaccel.cli import compare, doctor, generate, inspect
+from diffaccel.cli.console import fail
+from diffaccel.errors import DiffAccelError
+
+app = typer.Typer(
+    name="diffaccel",
+    help="Make diffusers pipelines faster and smaller, and measure what that costs in quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line. What diffaccel refuses becomes one red line and exit code 2; Ctrl-C exit code 130."""
+    try:
+        app()
+    except DiffAccelError as error:
+        fail(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        fail("interrupted; outputs that were finished are kept, and the same command goes on from there")
+        sys.exit(130)

@@ -1,0 +1,102 @@
+"""Arguments that several commands share: models, plans, prompts, sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from diffaccel.errors import InputError, PlanError, did_you_mean
+
+if TYPE_CHECKING:
+    from diffaccel.plan import Plan
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Hub id, local folder, [bold]bundled:image[/] or [bold]bundled:video[/].")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: CUDA where there is one.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs to stdout.")]
+
+
+def read_plan(text: str) -> Plan | str | None:
+    """A preset's name as it is, a saved plan loaded, so that a damaged one is refused early; ``none`` is None.
+
+    Raises:
+        PlanError: neither.
+    """
+    if text in ("none", ""):
+        return None
+    if "/" in text or os.sep in text or Path(text).exists():
+        import diffaccel  # every section type must be known before a plan file is read
+
+        return diffaccel.Plan.load(Path(text).expanduser())
+    from diffaccel.presets import PRESETS
+
+    if text not in PRESETS:
+        raise PlanError(
+            f"no preset {text!r}{did_you_mean(text, [*PRESETS, 'none'])}; write ./{text} for a saved plan's folder"
+        )
+    return text
+
+
+def plan_identity(plan: Plan | str | None) -> str:
+    """A preset's name, or a digest of what a plan says: outputs of one plan are not taken for those of another."""
+    if plan is None or isinstance(plan, str):
+        return plan or "none"
+    digest = hashlib.sha256(json.dumps(plan.to_dict()["plan"], sort_keys=True).encode())
+    if plan.artefacts:
+        from safetensors.torch import save
+
+        digest.update(save({name: t.contiguous() for name, t in plan.artefacts.items()}))
+    return digest.hexdigest()[:16]
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt per line; empty lines and those that begin with # are left out. A .json file holds a list of texts.
+
+    Raises:
+        InputError: the file cannot be read or holds no prompts.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"cannot read prompts from {str(file)!r}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if file.suffix == ".json":
+        try:
+            prompts = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"{str(file)!r} is not JSON: {error}") from None
+        if not isinstance(prompts, list):
+            raise InputError(f"{str(file)!r} must hold a JSON list of texts, got {type(prompts).__name__}")
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise InputError(f"{str(file)!r}: prompt {i} must be a text, got {type(prompt).__name__} {prompt!r}")
+    else:
+        prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise InputError(f"{str(file)!r} holds no prompts; write one per line")
+    return prompts
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """``512`` or ``832x480`` (width x height).
+
+    Raises:
+        InputError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", text)
+    if not match or int(match.group(1)) < 1 or int(match.group(2) or 1) < 1:
+        raise InputError(f"--size must be one side or WIDTHxHEIGHT in pixels, such as 512 or 832x480, got {text!r}")
+    return int(match.group(1)), int(match.group(2) or match.group(1))

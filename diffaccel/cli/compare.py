@@ -1,0 +1,86 @@
+"""``diffaccel compare``: what plans gain and cost, beside fewer steps at the same cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_plan, read_prompts, read_size
+from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
+from diffaccel.errors import InputError
+
+EXAMPLES = """
+[bold]Examples[/]
+
+diffaccel compare
+
+diffaccel compare -m bundled:video --plan balanced --plan fast -n 16 -o out/compare
+
+diffaccel compare -m ./my-pipeline --prompts prompts.txt --plan plans/mine --steps 30 --json > result.json
+"""
+
+
+def compare(
+    model: Model = "bundled:image",
+    plan: Annotated[
+        list[str] | None, typer.Option(help="Preset or saved plan's folder; several: one row each.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line, or a JSON list.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 8,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Each prompt runs with each seed; default 0.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[str | None, typer.Option(help="One side, or WIDTHxHEIGHT.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often every item is timed.")] = 1,
+    output: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the comparison; a run that was interrupted goes on there.")
+    ] = Path("out/compare"),
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Run a pipeline with and without plans; print a table and draw pictures.
+
+    Every plan stands beside its control: the same pipeline with as many steps as cost the same time. Fidelity is
+    measured against the unaccelerated output of the same prompt and seed.
+    """
+    texts = _prompts(model, prompts, count)
+    wh = read_size(size)
+    chosen: dict[str, Any] = {}
+    for text in plan or ["balanced"]:
+        one = read_plan(text)
+        if one is None:
+            raise InputError("--plan none is the reference, which every comparison has")
+        name = text if isinstance(one, str) else one.name or Path(text).name or text
+        chosen[name if name not in chosen else text] = one
+    quiet_libraries()
+    from diffaccel.eval.compare import compare as run
+    from diffaccel.eval.figures import draw
+    from diffaccel.pipelines.loading import load
+
+    wrapped = load(model, device=device, dtype=dtype)
+    calls = {"num_inference_steps": steps, "num_frames": frames}
+    calls |= {"width": wh[0], "height": wh[1]} if wh else {}
+    calls = {name: value for name, value in calls.items() if value is not None}
+    result = run(wrapped, chosen, texts, seed or [0], calls, repeats=repeats, folder=output, progress=err.is_terminal)
+    result.save(output / "result.json")
+    pictures = draw(result, output)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        out.print(result)
+    for picture in pictures:
+        note(f"wrote {picture}")
+
+
+def _prompts(model: str, file: Path | None, count: int) -> list[str]:
+    from diffaccel.pipelines.bundled import BUNDLED
+
+    if file is None and model not in BUNDLED:
+        raise InputError(f"no prompts for {model}; give --prompts FILE with one per line")
+    texts = read_prompts(file) if file is not None else BUNDLED[model].prompts()
+    if count > len(texts):
+        note(f"{len(texts)} prompts, fewer than the {count} asked for")
+    return texts[:count]
