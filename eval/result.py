@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from diffaccel.eval.metrics.psnr import PSNR_CAP
 from diffaccel.eval.metrics.samples import Summary
+from diffaccel.eval.store import Store
 from diffaccel.eval.timing import Ratio
 
 _COLUMNS = ("steps", "loop\ns", "speed-up\n95 % interval", "PSNR dB\nmean / worst", "SSIM", "peak\nMiB", "weights\nMiB")
@@ -57,6 +63,75 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         body = dict(self.__dict__)
         body["speedup"] = self.speedup.to_dict()
+        for name in ("psnr", "ssim"):
+            value: Summary | None = getattr(self, name)
+            body[name] = None if value is None else value._asdict()
+        return body
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `diffaccel.eval.compare.compare` measured. ``rich.print(result)`` shows the table.
+
+    Attributes:
+        rows: the reference first, then plans, controls and the noise floor.
+        prompts, seeds: every prompt ran with every seed.
+        conditions: pipeline, arguments of the calls, device, threads, versions.
+        restored: afterwards the pipeline gave the reference output to the bit.
+        notes: about the comparison as a whole.
+        store: the folder with the outputs.
+    """
+
+    rows: tuple[Row, ...]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    conditions: Mapping[str, Any]
+    restored: bool
+    notes: tuple[str, ...] = ()
+    store: Store | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def folder(self) -> Path | None:
+        return self.store.folder if self.store else None
+
+    def row(self, name: str) -> Row:
+        """The row of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; rows: {', '.join(r.name for r in self.rows)}")
+
+    def control_for(self, plan: str) -> Row | None:
+        """The row of fewer steps at the cost of ``plan``; None where none was run."""
+        return next((r for r in self.rows if plan in r.control_of), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "conditions": dict(self.conditions),
+            "restored": self.restored,
+            "notes": list(self.notes),
+        }
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write `to_dict` as JSON."""
+        path = Path(file)
+        path.write_text(json.dumps(self.to_dict(), indent=1))
+        return path
+
+    def table(self) -> Table:
+        """One line per row; controls are indented under the plan they belong to."""
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=self._title(), title_justify="left", title_style=""
+        )
+        table.add_column("", overflow="fold")
         for name in _COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._ordered():
