@@ -20,7 +20,8 @@ from diffaccel.pipelines.tasks import call_parameters, describe, makes_video
 
 def can_start_from_image(pipe: Any) -> bool:
     """Whether the pipeline takes latents that are plainly those of its image VAE."""
-    vae, scheduler = getattr(pipe, "vae", None), getattr(pipe, "scheduler", None)
+    vae: Any = getattr(pipe, "vae", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if vae is None or denoiser is None or not hasattr(scheduler, "add_noise") or "latents" not in call_parameters(pipe):
         return False

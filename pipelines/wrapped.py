@@ -231,8 +231,9 @@ class Wrapped:
                 extra["strength"] = strength
             return pipe, extra
         if not can_start_from_image(self.pipe):
+            target = "video" if self.makes_video else "image"
             raise InputError(
-                f"{tasks.describe(self.pipe)}; it cannot start from an image: load an image-to-{self._target} model"
+                f"{tasks.describe(self.pipe)}; it cannot start from an image: load an image-to-{target} model"
             )
         pixels = self.pipe.image_processor.preprocess(images)
         steps = arguments.get("num_inference_steps") or tasks.call_parameters(self.pipe)["num_inference_steps"].default

@@ -57,7 +57,8 @@ def compare(
         chosen[name if name not in chosen else text] = one
     quiet_libraries()
     from diffaccel.eval.compare import compare as run
-    from diffaccel.eval.figures import draw
+    from diffaccel.eval.figures import contact_sheet, side_by_side, speed_against_fidelity
+    from diffaccel.eval.store import slug
     from diffaccel.pipelines.loading import load
 
     wrapped = load(model, device=device, dtype=dtype)
@@ -66,7 +67,9 @@ def compare(
     calls = {name: value for name, value in calls.items() if value is not None}
     result = run(wrapped, chosen, texts, seed or [0], calls, repeats=repeats, folder=output, progress=err.is_terminal)
     result.save(output / "result.json")
-    pictures = draw(result, output)
+    pictures = [side_by_side(result, name, output / f"{slug(name)}.png") for name in chosen]
+    pictures += [contact_sheet(result, output / "contact-sheet.png")]
+    pictures += [speed_against_fidelity(result, output / "speed-against-fidelity.png")]
     if as_json:
         print_json(result.to_dict())
     else:
