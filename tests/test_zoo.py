@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from real_size import build_fake, fake_forward
 from torch import Tensor
 from zoo import ZOO, Specimen, trajectory
 from zoo_pipelines import PIPELINES
@@ -55,3 +56,10 @@ def test_pipeline(name: str) -> None:
     assert torch.equal(first, entry.call(pipe, steps=2))
     assert not torch.equal(first, entry.call(pipe, steps=2, seed=1))
     assert len(entry.call(pipe, steps=2, batch=2)) == 2 * len(first)
+
+
+def test_real_size_runs_on_fake_tensors() -> None:
+    model = build_fake("wan21_14b")
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(14.3e9, rel=0.01)
+    out = fake_forward("wan21_14b", model)
+    assert out.shape == (1, 16, 21, 90, 160) and out.device.type == "cuda" and out.dtype == torch.bfloat16
