@@ -35,7 +35,8 @@ class Call:
         progress: step / (steps - 1), or estimated from the timestep where ``steps`` is unknown.
         timestep: the schedule's value at this step; None when only a device tensor knows it.
         branch: ``cond``, ``uncond``, ``batched`` or what the pipeline's cache context says; a repetition within one
-            step is numbered, such as ``cond.2``.
+            step is numbered, such as ``cond.2``. Pipelines that guide in one batch and have no
+            ``do_classifier_free_guidance`` to tell so are seen as ``cond`` alone.
         first_in_step: False for the second call of two-call guidance.
         first_step: True in the first step that this run computes (later than 0 for img2img).
     """
@@ -64,6 +65,9 @@ class Clock:
             model(latents, t)
             accel.clock.advance()
     """
+
+    _begin: int | None  # index of the run's first call
+    _last_value: float | None  # of the timestep
 
     def __init__(self, pipeline: Any = None) -> None:
         self._pipeline = pipeline
@@ -137,11 +141,11 @@ class Clock:
         self._schedule = schedule
         self._timesteps = tensor
         self._index = 0
-        self._begin: int | None = None  # index of the run's first call
+        self._begin = None
         self._driven = False  # whether somebody ends our steps
         self._branches: dict[str, list[str]] = {}  # of this step, by caller
         self._texts: dict[int, tuple[str, Tensor]] = {}
-        self._last_value: float | None = None
+        self._last_value = None
         self._rising: bool | None = None  # direction of the timesteps
 
     def _end_step(self) -> None:
