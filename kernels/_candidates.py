@@ -188,26 +188,25 @@ def _decide(
     default: str,
     budget: float,
 ) -> Choice:
-    where = {"operator": operator, "shape": " ".join(map(str, shape)), "device": device_name(device)}
+    where = (operator, " ".join(map(str, shape)), device_name(device))
     asked = override(operator)
-    if asked in names:
-        return Choice(**where, name=asked, source="override")
+    if asked is not None and asked in names:
+        return Choice(*where, asked, source="override")
     if asked is not None:
         warn_once(f"DIFFACCEL_KERNELS asks for {operator}={asked}, which does not exist here ({', '.join(names)} do);",
                   "the fastest of those is used.")
     if not may_measure(device):
-        return Choice(**where, name=default, source="default")
-    cache_key = "|".join([*where.values(), ",".join(names), torch.__version__])
+        return Choice(*where, default, source="default")
+    cache_key = "|".join([*where, ",".join(names), torch.__version__])
     stored = _read_cache().get(cache_key)
     if isinstance(stored, dict) and stored.get("name") in names:
         try:
-            return Choice(**where, name=stored["name"], seconds=dict(stored["seconds"]), error=dict(stored["error"]),
-                          source="cache")
+            return Choice(*where, stored["name"], dict(stored["seconds"]), dict(stored["error"]), "cache")
         except (KeyError, TypeError, ValueError):
             pass
     with torch.no_grad():
         measured, quiet = _measure(operator, names, trial(), device, budget)
-    choice = Choice(**where, **measured)
+    choice = Choice(*where, **measured)
     if quiet:
         _write_cache(cache_key, choice)
     return choice

@@ -175,8 +175,8 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits:
     zero_point = 64 if bits == 7 else 0
     q = q.add_(64).view(torch.uint8) if bits == 7 else q
     zero = torch.zeros(scale.shape[0], dtype=torch.int64)
-    out = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, float32 out, nothing fused behind
-    y = torch.ops.onednn.qlinear_pointwise(q, 1.0, zero_point, weight, scale, zero, *out)  # [M, N]
+    plain: tuple[object, ...] = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, float32 out, nothing fused
+    y = torch.ops.onednn.qlinear_pointwise(q, 1.0, zero_point, weight, scale, zero, *plain)  # [M, N]
     return y.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y, row_scale, out=y)
 
 

@@ -96,7 +96,7 @@ def test_quantize():
     ]:
         error = (values - q.float() * rows(scale)).abs()
         assert q.dtype == torch.int8 and scale.dtype == torch.float32 and q.abs().max() == 127
-        assert (error <= rows(scale) * 0.501).all() and (q[4::5] == 0).all() and scale.isfinite().all()
+        assert (error <= rows(scale) * 0.501).all() and (q[4::5] == 0).all() and (scale > 0).all()
 
 
 def test_quantize_in_chunks_equals_whole(monkeypatch):
