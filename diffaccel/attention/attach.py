@@ -1,0 +1,210 @@
+"""Block-sparse attention at the planned sites: which they are, when the mask holds there, and what came of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.attention.intercept import SiteHook, use_native_backend
+from diffaccel.attention.layout import SIZES, Geometry
+from diffaccel.attention.learn import Learned, Learner
+from diffaccel.attention.record import SPARSE, AttachedAttention, Record
+from diffaccel.attention.section import BlockSparse
+from diffaccel.clock import Call
+from diffaccel.denoiser import Denoiser, Site, select, timestep_parameter
+from diffaccel.errors import DiffAccelError, PlanError
+from diffaccel.hooks import install
+from diffaccel.plan import in_steps
+from diffaccel.root import Compute
+from diffaccel.technique import Context
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The planned sites of each denoiser, and for each site the indices of the sections that may hold there."""
+
+    sections: tuple[BlockSparse, ...]
+    sites: dict[str, list[tuple[Site, tuple[int, ...]]]]
+    notes: tuple[str, ...]
+
+
+def resolve(sections: Sequence[BlockSparse], context: Context) -> Resolved:
+    """Find the sites.
+
+    Raises:
+        PlanError: a section matches no attention, or only cross-attention; or the denoiser runs ring attention, which
+            splits the keys so that no call sees all of them.
+    """
+    chosen: dict[Site, list[int]] = {}
+    cross = 0
+    for index, section in enumerate(sections):
+        sites = select(context.denoisers, section.sites, "attentions")
+        own = [site for site in sites if site.role != "cross"]
+        if not own:
+            raise PlanError(
+                f"BlockSparse.sites={section.sites!r} matches cross-attention only ({len(sites)} sites), which is never "
+                "made sparse; use sites='attn' for self-attention and joint attention"
+            )
+        cross += len(sites) - len(own)
+        for site in own:
+            chosen.setdefault(site, []).append(index)
+    by_denoiser: dict[str, list[tuple[Site, tuple[int, ...]]]] = {}
+    for denoiser in context.denoisers:
+        planned = [(site, tuple(chosen[site])) for site in denoiser.attentions if site in chosen]
+        if planned:
+            _refuse_ring(denoiser)
+            by_denoiser[denoiser.component] = planned
+    notes = (f"{cross} cross-attention sites stay dense",) if cross else ()
+    return Resolved(tuple(sections), by_denoiser, notes)
+
+
+def _refuse_ring(denoiser: Denoiser) -> None:
+    config = getattr(getattr(denoiser.module, "_parallel_config", None), "context_parallel_config", None)
+    if (getattr(config, "ring_degree", None) or 1) > 1:
+        raise PlanError(
+            f"{denoiser.component} runs ring attention (ring_degree={config.ring_degree}), where no call sees all keys; "
+            "use Ulysses (ulysses_degree), or leave attention out of the plan"
+        )
+
+
+def attach(resolved: Resolved, context: Context) -> AttachedAttention:
+    """Hook every planned site, and the root of its denoiser."""
+    runners = []
+    for denoiser in context.denoisers:
+        planned = resolved.sites.get(denoiser.component)
+        if planned:
+            runner = SparseDenoiser(denoiser, planned, resolved.sections, context)
+            wrappers = context.root(denoiser).wrappers
+            context.undo.callback(wrappers.remove, runner)
+            wrappers.append(runner)
+            runners.append(runner)
+    return AttachedAttention(resolved.sections, [(r.sites, r.record) for r in runners], resolved.notes)
+
+
+class SparseDenoiser:
+    """Runs around every call of one denoiser and sets the phase of each site: dense, or the section that holds."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        planned: Sequence[tuple[Site, tuple[int, ...]]],
+        sections: Sequence[BlockSparse],
+        context: Context,
+    ) -> None:
+        self.sites = [site for site, _ in planned]
+        self.record = Record(len(planned))
+        self._known: dict[_Key, Learned] = {}
+        self._moving: set[Any] = set()
+        self._component = denoiser.component
+        self._sections = sections
+        self._choices = [choice for _, choice in planned]
+        self._config = denoiser.config
+        self._latents = next(iter(inspect.signature(denoiser.module.forward).parameters), "")
+        self._timestep = timestep_parameter(denoiser.module)
+        self._set: tuple[_Key, _Phase] | None = None
+        self._tally: Counter[str] = Counter()
+        self._hooks = [SiteHook() for _ in planned]
+        self._root_hook: SiteHook | None = None
+        for site, hook in zip(self.sites, self._hooks, strict=True):
+            if site.module is denoiser.module:
+                self._root_hook = hook  # its mode is entered here: the root's own hook stands below
+            else:
+                context.undo.callback(install(site.module, hook, "attention"))
+            had, restore = use_native_backend(site.module)
+            context.undo.callback(restore)
+            self.record.backends.update(had)
+        self._learner = Learner(
+            context.root(denoiser),
+            denoiser.module,
+            self._hooks,
+            [[sections[i] for i in choice] for choice in self._choices],
+            self._latents,
+        )
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
+        phase = tuple(in_steps(call.progress, section.steps) for section in self._sections)
+        shapes = tuple(_shape(name, value) for name, value in arguments.items() if name != self._timestep)
+        key = (shapes, (call.run, call.branch) if shapes in self._moving else None)
+        if key not in self._known:
+            key, output, again = torch.compiler.disable(self._learn)(shapes, call, phase, arguments, compute)
+            self._enter(key, phase)
+            if not again:
+                self.record.calls.update(self._tally)
+                return output
+        self._enter(key, phase)
+        output = self._run(compute)
+        self.record.calls.update(self._tally)
+        return output
+
+    def _learn(
+        self, shapes: Any, call: Call, phase: _Phase, arguments: Mapping[str, Any], compute: Compute
+    ) -> tuple[_Key, Any, bool]:
+        geometry = Geometry(arguments, self._config, self._latents)
+        active = [self._active(site, phase) for site in range(len(self.sites))]
+        learned, output, was_compiled = self._learner.learn(geometry, active, lambda: self._run(compute))
+        if not learned.seen:
+            had = ", ".join(sorted(self.record.backends))
+            raise DiffAccelError(
+                f"sparse attention was planned for {len(self.sites)} sites of {self._component}, but none of them called "
+                f"scaled_dot_product_attention{f' (backend set before: {had})' if had else ''}: linear attention, or a "
+                "processor with an implementation of its own. Leave attention out of the plan, or set processors that "
+                "call PyTorch's function"
+            )
+        key: _Key = (shapes, None)
+        if learned.depends_on_prompt:
+            self._moving.add(shapes)
+            key = (shapes, (call.run, call.branch))
+            for old in [k for k in self._known if k[0] == shapes and k[1] and k[1][0] != call.run]:
+                del self._known[old]
+        self._known[key] = learned
+        self.record.learned(learned)
+        return key, output, was_compiled
+
+    def _enter(self, key: _Key, phase: _Phase) -> None:
+        """Put the patterns of this phase on the hooks."""
+        if self._set == (key, phase):
+            return
+        learned = self._known[key]
+        self._tally = Counter()
+        for site, hook in enumerate(self._hooks):
+            section = self._active(site, phase)
+            hook.patterns = learned.patterns(site, section)
+            for reason, calls in learned.dense.get(site, {}).items():
+                self._tally[reason] += calls
+            for tokens, calls in learned.suitable.get(site, {}).items():
+                reason = learned.why_dense(tokens, section) if section is not None else "outside its steps"
+                self._tally[reason or SPARSE] += calls
+        self.record.saw(learned)
+        self._set = (key, phase)
+
+    def _active(self, site: int, phase: _Phase) -> BlockSparse | None:
+        """The last section that covers the site and holds now."""
+        return next((self._sections[i] for i in reversed(self._choices[site]) if phase[i]), None)
+
+    def _run(self, compute: Compute) -> Any:
+        mode = self._root_hook.mode() if self._root_hook is not None else None
+        with mode or nullcontext():
+            return compute()
+
+
+_Phase = tuple[bool, ...]
+_Key = tuple[Any, tuple[int, str] | None]
+
+
+def _shape(name: str, value: Any) -> Any:
+    """What layouts depend on, hashable: the shapes of all tensors inside, and whole numbers where they are sizes."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, value.device, id(getattr(value, "fake_mode", None))
+    if isinstance(value, Mapping):
+        return tuple((k, _shape(k, v)) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(v if isinstance(v, int) else _shape("", v) for v in value)
+    return value if name in SIZES else None
