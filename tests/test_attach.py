@@ -79,7 +79,7 @@ def test_everything_together_on_a_pipeline_comes_off_to_the_bit(pipe):
     after = pipe.transformer.state_dict()
     assert list(after) == list(state) and all(torch.equal(after[k], state[k]) for k in state)
     assert trace(pipe.transformer) == left_behind
-    assert {k for k in vars(pipe.scheduler)} == set(scheduler)
+    assert set(vars(pipe.scheduler)) == set(scheduler)
 
 
 def test_the_context_manager_removes_even_after_an_error(pipe):
