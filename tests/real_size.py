@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# One mode for models and inputs, as tensors of two modes cannot meet. Real tensors are refused too, which all seven bear.
+# One mode for models and inputs, as tensors of two modes cannot meet. It refuses real tensors, which all seven bear.
 fake_mode = FakeTensorMode()
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
