@@ -93,6 +93,9 @@ def compare(
     request = Request(pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor)
     request.check()
     settings, steps = request.settings(), request.steps
+    for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
+        with _apply(plan)(pipe):
+            pass
     store = Store(folder, settings)
     jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
     variants = [Variant(REFERENCE, "reference", nullcontext, steps)]

@@ -19,7 +19,7 @@ from diffaccel.eval.metrics.samples import Summary
 from diffaccel.eval.store import Store
 from diffaccel.eval.timing import Ratio
 
-_COLUMNS = ("steps", "loop\ns", "speed-up\n95 % interval", "PSNR dB\nmean / worst", "SSIM", "peak\nMiB", "weights\nMiB")
+_COLUMNS = ("steps", "loop\ns", "speed-up\n95 % interval", "PSNR dB\nmean / worst", "SSIM", "peak\nMiB", "model\nMiB")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Result:
     def table(self) -> Table:
         """One line per row; controls are indented under the plan they belong to."""
         table = Table(
-            box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=self._title(), title_justify="left", title_style=""
+            box=box.SIMPLE_HEAD, padding=0, title=self._title(), title_justify="left", title_style=""
         )
         table.add_column("", overflow="fold")
         for name in _COLUMNS:
