@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from diffaccel.clock import Call
-from diffaccel.denoiser import Denoiser, Site, select
+from diffaccel.denoiser import Site, select
 from diffaccel.errors import PlanError
 from diffaccel.kernels._candidates import choices
 from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.originals import Originals, Parked
 from diffaccel.plan import in_steps
+from diffaccel.quantization.eligible import parameter_users, refuse_group_offload, why_not
 from diffaccel.quantization.linear import (
     Phase,
     QuantizedLinear,
@@ -35,17 +36,15 @@ from diffaccel.technique import Context
 Ranges = tuple[tuple[float, float], ...]
 
 _ALWAYS: Ranges = ((0.0, 1.0),)
-_MIN_FEATURES = 16
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass
 class Resolved:
     """Which linears become int8, with the step ranges of each, and what is left alone: reason -> full names."""
 
+    sections: Sequence[Quantize]
     sites: dict[Site, Ranges]
     skipped: dict[str, list[str]]
-    settings: str
 
 
 def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
@@ -55,8 +54,8 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
         PlanError: a pattern matches no layer, or none that can be quantized, or group offloading is on.
     """
     for denoiser in context.denoisers:
-        _refuse_group_offload(denoiser)
-    users = _users(context.denoisers)
+        refuse_group_offload(denoiser)
+    users = parameter_users(context.denoisers)
     sites: dict[Site, Ranges] = {}
     skipped: defaultdict[str, list[str]] = defaultdict(list)
     for section in sections:
@@ -73,7 +72,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
             raise PlanError(f"Quantize(sites={section.sites!r}) matches no linear that can be quantized: {reasons}")
     for site, ranges in sites.items():
         sites[site] = _ALWAYS if _ALWAYS[0] in ranges else tuple(dict.fromkeys(ranges))
-    return Resolved(sites, dict(skipped), "; ".join(_describe(s) for s in sections))
+    return Resolved(sections, sites, dict(skipped))
 
 
 def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
@@ -148,7 +147,8 @@ class QuantizedLinears:
         facts = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
         if kernels := self._kernels():
             facts["kernels"] = kernels
-        return TechniqueReport("quantization", self._resolved.settings, len(self._layers), facts, notes)
+        settings = "; ".join(_describe(s) for s in self._resolved.sections)
+        return TechniqueReport("quantization", settings, len(self._layers), facts, notes)
 
     def bake(self) -> None:
         """Let the originals go, and make ``save_pretrained`` save what remains so that ``from_pretrained`` loads it."""
@@ -158,7 +158,7 @@ class QuantizedLinears:
         self._originals.discard()
         for denoiser in self._context.denoisers:
             if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
-                mark_quantized(denoiser.module)
+                mark_quantized(denoiser.module, self._resolved.sections[-1].sites)
 
     def _kernels(self) -> dict[str, str]:
         shapes = {(f"K{layer.in_features}", f"N{layer.out_features}") for layer in self._layers.values()}
@@ -169,74 +169,6 @@ class QuantizedLinears:
                 factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
                 used[" ".join(words[1:])] = f"{choice.name}{factor}"
         return used
-
-
-def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]]) -> str | None:
-    """Why a layer stays as it is, or None. ``users``: id of a parameter -> names of what holds it."""
-    if isinstance(layer, QuantizedLinear):
-        return "already quantized by diffaccel"
-    if not isinstance(layer, nn.Linear):
-        return "convolutions are not quantized"
-    if type(layer) is not nn.Linear:
-        return f"a {type(layer).__name__} instead of a plain nn.Linear"
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed at every call (weight_norm or a parametrization)"
-    if not _is_ordinary(weight):
-        return f"its weight is already quantized ({type(weight.data).__name__})"
-    if weight.device.type == "meta":
-        return (
-            "its weight is not in memory (sequential offload): accelerate first, then enable_sequential_cpu_offload()"
-        )
-    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
-        return f"it is stored in {weight.dtype} (layerwise casting): load the model again without that"
-    if weight.dtype not in _FLOATS:
-        return f"its weight has dtype {weight.dtype}"
-    if hooks := _hooks(layer):
-        return f"its forward is already replaced ({hooks}); accelerate first, then add this"
-    if len(sharing := users.get(id(weight), ())) > 1:
-        return f"its weight is shared by {' and '.join(sharing)}"
-    if min(layer.in_features, layer.out_features) < _MIN_FEATURES:
-        return f"fewer than {_MIN_FEATURES} input or output features"
-    return None
-
-
-def _is_ordinary(weight: nn.Parameter) -> bool:
-    return type(weight.data) in (torch.Tensor, torch._subclasses.FakeTensor) and type(weight) in (
-        nn.Parameter,
-        torch._subclasses.FakeTensor,
-    )
-
-
-def _hooks(layer: nn.Linear) -> str:
-    """Who replaced ``layer.forward``; empty where nobody did, or where removed hooks left nn.Linear's own behind."""
-    forward = layer.__dict__.get("forward")
-    if forward is None or getattr(forward, "__func__", None) is nn.Linear.forward:
-        return ""
-    registry = getattr(layer, "_diffusers_hook", None)
-    names = list(getattr(registry, "hooks", {}))
-    if hook := getattr(layer, "_hf_hook", None):
-        names.append(type(hook).__name__)
-    return ", ".join(names) or "by something unknown"
-
-
-def _refuse_group_offload(denoiser: Denoiser) -> None:
-    for module in denoiser.module.modules():
-        if any("group_offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})):
-            raise PlanError(
-                f"group offloading is already on for {denoiser.component}, and keeps lists of the weights that "
-                "quantization replaces; accelerate first, then enable_group_offload()"
-            )
-
-
-def _users(denoisers: Sequence[Denoiser]) -> dict[int, list[str]]:
-    users: defaultdict[int, list[str]] = defaultdict(list)
-    for denoiser in denoisers:
-        for name, module in denoiser.module.named_modules():
-            for own, parameter in module._parameters.items():
-                if parameter is not None:
-                    users[id(parameter)].append(f"{denoiser.component}.{name}.{own}")
-    return users
 
 
 def _describe(section: Quantize) -> str:

@@ -19,7 +19,7 @@ class _Method(str, Enum):  # noqa: UP042  (diffusers compares it with text and r
 class DiffAccelConfig(QuantizationConfigMixin):
     """A diffusers quantization config: int8 weights and activations, as `Quantize` describes them.
 
-    >>> model = PixArtTransformer2DModel.from_pretrained(folder, quantization_config=DiffAccelConfig())  # doctest: +SKIP
+    >>> PixArtTransformer2DModel.from_pretrained(folder, quantization_config=DiffAccelConfig())  # doctest: +SKIP
 
     Args:
         sites: which linears, as in `Quantize`. Ignored when quantized weights are loaded: those know themselves.

@@ -12,10 +12,9 @@ from diffaccel.denoiser import Denoiser, select
 from diffaccel.errors import ModelError
 from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.quantization.config import DiffAccelConfig
+from diffaccel.quantization.eligible import parameter_users, why_not
 from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized
 from diffaccel.quantization.weight import dequantize_weight, plain
-
-_MIN_FEATURES = 16
 
 
 class DiffAccelQuantizer(DiffusersQuantizer):
@@ -62,12 +61,10 @@ class DiffAccelQuantizer(DiffusersQuantizer):
                     dtype,
                 )
             return
-        sites = select([Denoiser.of(model, "transformer")], self.quantization_config.sites, "layers")
-        self._planned = {
-            s.name
-            for s in sites
-            if type(s.module) is nn.Linear and min(s.module.in_features, s.module.out_features) >= _MIN_FEATURES
-        }
+        denoiser = Denoiser.of(model, "transformer")
+        sites = select([denoiser], self.quantization_config.sites, "layers")
+        users = parameter_users([denoiser])
+        self._planned = {s.name for s in sites if why_not(s.module, users, loaded=False) is None}
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -116,10 +113,10 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         return model
 
 
-def mark_quantized(model: nn.Module) -> None:
+def mark_quantized(model: nn.Module, sites: str) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
     dtypes = {str(m.weight_dtype).removeprefix("torch.") for m in model.modules() if isinstance(m, QuantizedLinear)}
-    config = DiffAccelConfig(dtype=min(dtypes))
+    config = DiffAccelConfig(sites=sites, dtype=min(dtypes))
     if hasattr(model, "register_to_config"):
         model.register_to_config(quantization_config=config)
     model.hf_quantizer = DiffAccelQuantizer(config, pre_quantized=True)  # type: ignore[assignment]

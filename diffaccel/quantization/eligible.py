@@ -1,0 +1,92 @@
+"""Which linears can be quantized, and why the others cannot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from diffaccel.denoiser import Denoiser
+from diffaccel.errors import PlanError
+from diffaccel.quantization.linear import QuantizedLinear
+
+_MIN_FEATURES = 16
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]], *, loaded: bool = True) -> str | None:
+    """Why a layer cannot be quantized, or None.
+
+    Args:
+        layer: any linear or convolution.
+        users: from `parameter_users`.
+        loaded: False while a checkpoint is still to be read, when every weight is on the meta device.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return "already quantized by diffaccel"
+    if not isinstance(layer, nn.Linear):
+        return "convolutions are not quantized"
+    if type(layer) is not nn.Linear:
+        return f"a {type(layer).__name__} instead of a plain nn.Linear"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed at every call (weight_norm or a parametrization)"
+    if not _is_ordinary(weight):
+        return f"its weight is already quantized ({type(weight.data).__name__})"
+    if loaded and weight.device.type == "meta":
+        return (
+            "its weight is not in memory (sequential offload): accelerate first, then enable_sequential_cpu_offload()"
+        )
+    if weight.dtype.is_floating_point and weight.dtype.itemsize == 1:
+        return f"it is stored in {weight.dtype} (layerwise casting): load the model again without that"
+    if weight.dtype not in _FLOATS:
+        return f"its weight has dtype {weight.dtype}"
+    if hooks := _hooks(layer):
+        return f"its forward is already replaced ({hooks}); accelerate first, then add this"
+    if len(sharing := users.get(id(weight), ())) > 1:
+        return f"its weight is shared by {' and '.join(sharing)}"
+    if min(layer.in_features, layer.out_features) < _MIN_FEATURES:
+        return f"fewer than {_MIN_FEATURES} input or output features"
+    return None
+
+
+def _is_ordinary(weight: nn.Parameter) -> bool:
+    return type(weight.data) in (torch.Tensor, torch._subclasses.FakeTensor) and type(weight) in (
+        nn.Parameter,
+        torch._subclasses.FakeTensor,
+    )
+
+
+def _hooks(layer: nn.Linear) -> str:
+    """Who replaced ``layer.forward``; empty where nobody did, or where removed hooks left nn.Linear's own behind."""
+    forward = layer.__dict__.get("forward")
+    if forward is None or getattr(forward, "__func__", None) is nn.Linear.forward:
+        return ""
+    registry = getattr(layer, "_diffusers_hook", None)
+    names = list(getattr(registry, "hooks", {}))
+    if hook := getattr(layer, "_hf_hook", None):
+        names.append(type(hook).__name__)
+    return ", ".join(names) or "by something unknown"
+
+
+def refuse_group_offload(denoiser: Denoiser) -> None:
+    """Raise PlanError where diffusers already moves this denoiser's weights to and fro."""
+    for module in denoiser.module.modules():
+        if any("group_offload" in name for name in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})):
+            raise PlanError(
+                f"group offloading is already on for {denoiser.component}, and keeps lists of the weights that "
+                "quantization replaces; accelerate first, then enable_group_offload()"
+            )
+
+
+def parameter_users(denoisers: Sequence[Denoiser]) -> dict[int, list[str]]:
+    """id of a parameter -> full names of the places that hold it."""
+    users: defaultdict[int, list[str]] = defaultdict(list)
+    for denoiser in denoisers:
+        for name, module in denoiser.module.named_modules():
+            for own, parameter in module._parameters.items():
+                if parameter is not None:
+                    users[id(parameter)].append(f"{denoiser.component}.{name}.{own}")
+    return users
