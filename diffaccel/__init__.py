@@ -25,6 +25,7 @@ from diffaccel.quantization.section import Quantize
 
 if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
+    from diffaccel.calibration import calibrate
     from diffaccel.quantization.config import DiffAccelConfig
 
 __all__ = [
@@ -40,12 +41,14 @@ __all__ = [
     "Quantize",
     "StepCache",
     "accelerate",
+    "calibrate",
 ]
 
 _LAZY = {
     "Accelerated": "diffaccel.attach",
     "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
+    "calibrate": "diffaccel.calibration",
 }
 
 

@@ -4,49 +4,71 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffaccel.caching.tensors import add_leading, output_like, output_tensors, partners, skeleton
+from diffaccel.caching.tensors import add_leading, alike, output_like, output_tensors, partners, skeleton
+
+_DEPTH = {"hold": 1, "residual": 1, "linear": 2, "trend": 3}
 
 
 class Forecast:
-    """The memory of one branch: its last computed calls, in tensors of its own.
+    """The memory of one branch in one run: its last computed calls, and how they continue.
 
-    Copies, because a CUDA graph overwrites its outputs at the next replay and pipelines write into latents.
+    With v the outputs computed at timesteps t (1 the last, 0 and -1 the ones before) and x the inputs:
+
+    - ``hold``: v_1
+    - ``residual``: x + (v_1 - x_1)
+    - ``linear``: v_1 + (v_1 - v_0) * (t - t_1) / (t_1 - t_0)
+    - ``trend``: the same with the slope scaled by b in [0, 1], the share of v_1 - v_0 that the line through v_-1 and
+      v_0 would have foretold (least squares, per sample). Where outputs turn, b is near 0 and the last one is held.
+
+    Everything kept is a copy: a CUDA graph overwrites its outputs at the next replay, and pipelines write into latents.
     """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self._template: Any = None
-        self._partners: list[int | None] = []
-        self.outputs: list[Tensor] = []  # of the last computed call
-        self._before: list[Tensor] = []  # of the one before it
         self._inputs: list[Tensor] = []
-        self._at: list[float] = []
-
-    def record(self, inputs: list[Tensor], output: Any, at: float) -> None:
-        """Remember a computed call; ``at`` is its place on the noise axis."""
-        outputs = [v.detach().clone() for v in output_tensors(output)]
-        if not _alike(outputs, self.outputs):
-            self._at = []
-        self._before = self.outputs if self._kind == "linear" else []
-        self.outputs = outputs
-        self._inputs = [x.detach().clone() for x in inputs] if self._kind == "residual" else inputs_like(inputs)
-        self._at = [*self._at[-1:], at]
-        self._template = skeleton(output)
-        self._partners = partners(outputs, inputs)
-
-    def fits(self, inputs: list[Tensor]) -> bool:
-        """Whether a call with these inputs can be told from what is remembered."""
-        return bool(self.outputs) and _alike(inputs, self._inputs)
+        self._partners: list[int | None] = []
+        self._history: list[tuple[float, list[Tensor]]] = []  # timestep and outputs, the last computed call last
+        self._share: list[Tensor] | None = None  # b, by output
 
     @property
-    def ready(self) -> bool:
-        return bool(self.outputs) and (self._kind != "linear" or len(self._at) == 2)
+    def outputs(self) -> list[Tensor]:
+        """The outputs of the last computed call."""
+        return self._history[-1][1]
+
+    @property
+    def empty(self) -> bool:
+        return not self._history
+
+    def record(self, inputs: list[Tensor], output: Any, at: float) -> bool:
+        """Remember a computed call at timestep ``at``; ``inputs`` are kept and must not change.
+
+        Returns:
+            Whether the output holds anything that can be told from earlier ones.
+        """
+        outputs = [v.detach().clone() for v in output_tensors(output)]
+        if not outputs:
+            return False
+        if self._history and not alike(outputs, self.outputs):
+            self._history.clear()
+        if self._history and self._history[-1][0] == at:  # a second-order scheduler repeats timesteps
+            self._history.pop()
+        self._share = self._foretold(at, outputs)
+        self._history = [*self._history, (at, outputs)][-_DEPTH[self._kind] :]
+        # a tensor of one element stands for the shape where the values are not needed
+        self._inputs = inputs if self._kind == "residual" else [x.new_empty(1).expand(x.shape) for x in inputs]
+        self._template = skeleton(output)
+        self._partners = partners(outputs, inputs)
+        return True
+
+    def fits(self, inputs: list[Tensor]) -> bool:
+        """Whether a call with these inputs is of the remembered kind."""
+        return not self.empty and alike(inputs, self._inputs)
 
     def __call__(self, inputs: list[Tensor], at: float) -> Any:
-        """The output at ``at``, in new tensors of the computed output's structure and dtypes."""
+        """The output at timestep ``at``, in new tensors of the computed output's structure and dtypes."""
         return output_like(self._template, [self._tensor(i, inputs, at) for i in range(len(self.outputs))])
 
     def _tensor(self, i: int, inputs: list[Tensor], at: float) -> Tensor:
@@ -54,30 +76,28 @@ class Forecast:
         if self._kind == "residual" and partner is not None:
             difference = add_leading(last, self._inputs[partner], -1)
             return add_leading(difference, inputs[partner], 1).to(last.dtype)
-        if self._kind == "linear" and len(self._at) == 2 and self._at[0] != self._at[1]:
-            slope = (at - self._at[1]) / (self._at[1] - self._at[0])
-            now = last.float()
-            return (now + (now - self._before[i].float()) * slope).to(last.dtype)
+        if self._kind == "linear" or self._share is not None:
+            rise = self._rise(i, at)
+            if rise is not None:
+                return (last.float() + (rise if self._share is None else self._share[i] * rise)).to(last.dtype)
         return last.clone()
 
+    def _rise(self, i: int, at: float) -> Tensor | None:
+        """Output ``i`` at ``at`` less the last one, on the line through the last two; None with fewer than two."""
+        if len(self._history) < 2:
+            return None
+        (t0, before), (t1, last) = self._history[-2:]
+        return (last[i].float() - before[i].float()) * ((at - t1) / (t1 - t0))
 
-def inputs_like(inputs: list[Tensor]) -> list[Tensor]:
-    """Tensors that say shape, dtype and device of ``inputs`` but hold no memory."""
-    return [x.new_empty(1).expand(x.shape) for x in inputs]
-
-
-def _alike(new: list[Tensor], old: list[Tensor]) -> bool:
-    return len(new) == len(old) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(new, old, strict=True)
-    )
-
-
-def mean_abs(tensors: list[Tensor]) -> Tensor:
-    """Mean magnitude over all elements of all tensors, a float32 scalar on their device."""
-    total = torch.stack([t.abs().sum(dtype=torch.float32) for t in tensors]).sum()
-    return total / sum(t.numel() for t in tensors)
-
-
-def mean_abs_difference(new: list[Tensor], old: list[Tensor]) -> Tensor:
-    """Mean magnitude of the difference, a float32 scalar on the tensors' device."""
-    return mean_abs([a.float() - b.float() for a, b in zip(new, old, strict=True)])
+    def _foretold(self, at: float, outputs: list[Tensor]) -> list[Tensor] | None:
+        """b of each output as it is computed at ``at``, broadcastable over it; None while there is no line."""
+        if self._kind != "trend" or len(self._history) < 2:
+            return None
+        shares = []
+        for i, v in enumerate(outputs):
+            rise, real = self._rise(i, at), v.float() - self.outputs[i].float()
+            assert rise is not None
+            rest = tuple(range(1, v.ndim))
+            along = (rise * real).sum(rest, keepdim=True) / (rise * rise).sum(rest, keepdim=True)
+            shares.append(along.nan_to_num(0.0).clamp(0.0, 1.0))
+        return shares

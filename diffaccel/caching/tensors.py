@@ -79,6 +79,13 @@ def add_leading(v: Tensor, x: Tensor, sign: int) -> Tensor:
     return result
 
 
+def alike(new: list[Tensor], old: list[Tensor]) -> bool:
+    """Whether two lists hold tensors of the same shapes, dtypes and devices."""
+    return len(new) == len(old) and all(
+        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(new, old, strict=True)
+    )
+
+
 def _leaves(value: Any) -> list[Any]:
     return pytree.tree_leaves(value) if isinstance(value, Tensor | list | tuple) else []
 
