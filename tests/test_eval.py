@@ -171,11 +171,9 @@ def test_the_meter_sees_compiled_denoisers_and_compiles_nothing_again(how):
 @pytest.fixture(scope="module")
 def result(pixart, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "half"
-    prompts = ["a red circle", "a small blue square", "a large green triangle"]
+    prompts = ["a red circle", "a small blue square"]
     plans = {"half": _half_output, "nothing": lambda pipe: contextlib.nullcontext()}
-    return compare(
-        pixart, plans, prompts, (0, 7), _calls(), (2, 3), folder=folder, turn=2, noise_floor=True, progress=False
-    )
+    return compare(pixart, plans, prompts, (0, 7), _calls(), (2, 3), folder=folder, turn=2, progress=False)
 
 
 def test_rows_of_a_comparison(result):
@@ -183,7 +181,7 @@ def test_rows_of_a_comparison(result):
     assert [row.steps for row in result.rows] == [4, 4, 4, 2, 3]
     assert result.restored
     nothing, half = result.row("nothing"), result.row("half")
-    assert (nothing.identical, nothing.psnr.mean, nothing.ssim.mean) == (6, 100, pytest.approx(1))
+    assert (nothing.identical, nothing.psnr.mean, nothing.ssim.mean) == (4, 100, pytest.approx(1))
     assert half.identical == 0
     assert half.psnr.worst <= half.psnr.worst_decile <= half.psnr.mean < 60
     assert result.row("2 steps").psnr.mean < 60
@@ -234,8 +232,8 @@ def test_figures_are_pictures_of_the_result(result, tmp_path):
         assert min(pixels.shape[:2]) > 300
     with pytest.raises(InputError, match="no row 'third'; rows: reference, half"):
         side_by_side(result, "third", tmp_path / "x.png")
-    with pytest.raises(InputError, match="no item 6"):
-        side_by_side(result, "half", tmp_path / "x.png", items=(6,))
+    with pytest.raises(InputError, match="no item 4"):
+        side_by_side(result, "half", tmp_path / "x.png", items=(4,))
 
 
 class _Interrupted(Exception):
@@ -311,16 +309,28 @@ def test_every_plan_gets_a_control(pixart):
             yield
 
     prompts = ["a red circle", "a small blue square"]
-    threads = torch.get_num_threads()
-    calls = _calls(num_inference_steps=8)
-    result = compare(pixart, {"free": free}, prompts, calls=calls, noise_floor=True, progress=False)
+    result = compare(pixart, {"free": free}, prompts, calls=_calls(num_inference_steps=8), progress=False)
     control = result.control_for("free")
     assert isinstance(control, Row)
     assert control.kind == "control"
     assert control.steps < 8
-    assert result.row("noise floor").psnr.worst > 80
-    assert torch.get_num_threads() == threads
     assert result.restored
+
+
+def test_the_noise_floor_runs_with_another_thread_count(pixart, monkeypatch):
+    used = []
+    forward = pixart.transformer.forward
+
+    def spying(*args, **kwargs):
+        used.append(torch.get_num_threads())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setitem(pixart.transformer.__dict__, "forward", spying)
+    threads = torch.get_num_threads()
+    result = compare(pixart, {}, ["red"], calls=_calls(num_inference_steps=1), noise_floor=True, progress=False)
+    assert result.row("noise floor").psnr.worst > 80
+    assert set(used[1:]) - {threads} == {threads - 1 if threads > 1 else 2}
+    assert torch.get_num_threads() == threads
 
 
 def test_prompts_may_be_arguments_and_outputs_videos(tmp_path):

@@ -37,8 +37,8 @@ def test_ssim_of_a_video_is_the_mean_over_frames():
     reference, samples = _noise(1, 3, 16, 20, 3), _noise(1, 3, 16, 20, 3, seed=1)
     samples[0, 0] = reference[0, 0]
     frames = ssim(samples[0], reference[0])
-    assert frames[0] == pytest.approx(1, abs=1e-9)
-    assert ssim(samples, reference).item() == pytest.approx(frames.mean().item(), abs=1e-9)
+    assert frames[0] == pytest.approx(1, abs=1e-5)
+    assert ssim(samples, reference).item() == pytest.approx(frames.mean().item(), abs=1e-6)
 
 
 def test_ssim_of_flat_images_is_the_luminance_term():

@@ -19,7 +19,7 @@ def ssim(samples: Any, reference: Any) -> Tensor:
         samples, reference: of the same shape, at least 11 x 11 pixels, see `as_samples`.
 
     Returns:
-        float64 ``[N]``, at most 1.
+        float64 ``[N]``, at most 1 (up to rounding).
 
     Raises:
         ValueError: not samples, of different shapes, or too small.
@@ -29,9 +29,10 @@ def ssim(samples: Any, reference: Any) -> Tensor:
     a, b = as_pairs(samples, reference)
     if min(a.shape[-2:]) < _WINDOW:
         raise ValueError(f"SSIM needs at least {_WINDOW} x {_WINDOW} pixels, got {a.shape[-2]} x {a.shape[-1]}")
-    # One video at a time: torchmetrics makes five filtered copies of what it is given.
+    # One frame at a time: torchmetrics makes five filtered copies of what it is given. Float32 is off by about 2e-6 here
+    # and float64 takes 20 times as long on the CPU.
     values = [
-        structural_similarity_index_measure(x.double(), y.double(), data_range=1.0, reduction="none").mean()
+        [structural_similarity_index_measure(f[None], g[None], data_range=1.0) for f, g in zip(x, y, strict=True)]
         for x, y in zip(a, b, strict=True)
     ]
-    return torch.stack(values)
+    return torch.tensor(values, dtype=torch.float64).mean(1)
