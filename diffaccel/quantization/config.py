@@ -9,6 +9,7 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from diffaccel.errors import PlanError
+from diffaccel.quantization.register import register
 from diffaccel.quantization.section import Quantize
 
 
@@ -69,3 +70,6 @@ class DiffAccelConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"DiffAccelConfig({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if k != 'quant_method')})"
+
+
+register()

@@ -14,6 +14,7 @@ from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.eligible import parameter_users, why_not
 from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized
+from diffaccel.quantization.register import register
 from diffaccel.quantization.weight import dequantize_weight, plain
 
 
@@ -128,3 +129,6 @@ def _become(layer: nn.Module, qweight: Tensor, scale: Tensor, dtype: torch.dtype
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
         become_quantized(layer, plain(qweight), scale, dtype)
+
+
+register()

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 _TABLES = "diffusers.quantizers.auto"
+_CLASSES = ("DiffAccelConfig", "DiffAccelQuantizer")
 
 
 def register() -> None:
@@ -27,6 +28,9 @@ def register() -> None:
 
 
 def _fill(module: ModuleType) -> None:
+    ours = [sys.modules.get(f"diffaccel.quantization.{name}") for name in ("config", "quantizer")]
+    if any(m is not None and not hasattr(m, cls) for m, cls in zip(ours, _CLASSES, strict=True)):
+        return  # it is ours that imports diffusers just now, and registers when it is done
     from diffaccel.quantization.config import DiffAccelConfig
     from diffaccel.quantization.quantizer import DiffAccelQuantizer
 
