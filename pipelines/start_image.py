@@ -31,7 +31,7 @@ def can_start_from_image(pipe: Any) -> bool:
         return False
     channels = getattr(vae.config, "latent_channels", None)
     same = channels is not None and channels == getattr(denoiser.config, "in_channels", None)
-    return same and hasattr(scheduler, "set_begin_index") and not makes_video(pipe)
+    return same and not makes_video(pipe)
 
 
 @contextmanager
@@ -70,7 +70,8 @@ def start_image(
     def set_and_cut(*args: Any, **kwargs: Any) -> Any:
         result = set_timesteps(*args, **kwargs)
         full = scheduler.timesteps
-        scheduler.set_begin_index(begin)
+        if hasattr(scheduler, "set_begin_index"):  # the others find their place by the timestep
+            scheduler.set_begin_index(begin)
         scheduler.timesteps = full[begin:]  # what the pipeline loops over
 
         def first_step(*args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class Wrapped:
         """
         if self.makes_video:
             raise InputError(f"{tasks.describe(self.pipe)}, no images; use generate_video")
-        prompts = self._prompts(prompt, image)
+        prompts = self._prompts(prompt, image, call)
         arguments = self._arguments(prompts, negative_prompt, steps, guidance, size, call)
         images = self._call(arguments, prompts, _seeds(seed, len(prompts)), image, strength).images
         for one, target in zip(images, _targets(out, len(images)), strict=True):
@@ -127,7 +127,7 @@ class Wrapped:
         """
         if not self.makes_video:
             raise InputError(f"{tasks.describe(self.pipe)}, no video; use generate_image")
-        prompts = self._prompts(prompt, image)
+        prompts = self._prompts(prompt, image, call)
         if frames is not None:
             call["num_frames"] = _whole("frames", frames)
         arguments = self._arguments(prompts, negative_prompt, steps, guidance, size, call)
@@ -139,8 +139,10 @@ class Wrapped:
 
     # --- arguments ---
 
-    def _prompts(self, prompt: Prompts | None, image: Images | None) -> list[str]:
-        """One prompt per output; empty texts where the pipeline takes none."""
+    def _prompts(self, prompt: Prompts | None, image: Images | None, call: dict[str, Any]) -> list[str]:
+        """One prompt per output; empty texts where the pipeline takes none, or embeddings stand for it."""
+        if prompt is None and call.get("prompt_embeds") is not None:
+            return [""] * len(call["prompt_embeds"])
         if not tasks.takes_prompt(self.pipe):
             if prompt is not None:
                 raise InputError(f"{tasks.describe(self.pipe)}; it takes no prompt")
@@ -160,7 +162,7 @@ class Wrapped:
         call: dict[str, Any],
     ) -> dict[str, Any]:
         given: dict[str, Any] = dict(call)
-        if tasks.takes_prompt(self.pipe):
+        if tasks.takes_prompt(self.pipe) and call.get("prompt_embeds") is None:
             given["prompt"] = prompts
         if negative is not None:
             if isinstance(negative, list | tuple) and len(negative) != len(prompts):
@@ -173,6 +175,8 @@ class Wrapped:
                 raise InputError(f"guidance must be a number, got {guidance!r}")
             given["guidance_scale"] = float(guidance)
         if size is not None:
+            if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(size) == 2):
+                raise InputError(f"size must be (width, height) or one side, got {size!r}")
             width, height = (size, size) if isinstance(size, int) else size
             given |= {"width": _whole("width", width), "height": _whole("height", height)}
         tasks.check_arguments(self.pipe, given)

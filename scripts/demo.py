@@ -65,23 +65,22 @@ def _compare(kind: str, count: int, out: Path) -> dict[str, object]:
     side_by_side(result, PLAN, out / f"{kind}-side-by-side.png", items=range(min(2, count)))
     contact_sheet(result, out / f"{kind}-contact-sheet.png")
     assert result.store is not None
-    original, fast = (result.store.load(row, 0) for row in ("reference", PLAN))
+    original, fast = ([result.store.load(row, i) for i in range(count)] for row in ("reference", PLAN))
     if kind == "image":
-        for row, picture in (("original", original), ("accelerated", fast)):
-            _picture(picture[0]).save(out / f"image-{row}.png")
+        for row, pictures in (("original", original), ("accelerated", fast)):
+            _picture(pictures[0][0]).save(out / f"image-{row}.png")
     else:
         _save_videos(original, fast, out)
     return result.to_dict()
 
 
-def _save_videos(original: np.ndarray, fast: np.ndarray, out: Path) -> None:
-    """The accelerated video, and beside the original (left) in one. Arrays are ``[F, H, W, C]`` in [0, 1]."""
+def _save_videos(original: list[np.ndarray], fast: list[np.ndarray], out: Path) -> None:
+    """The first accelerated video, and all of them below their originals. Arrays are ``[F, H, W, C]`` in [0, 1]."""
     from diffaccel.pipelines.media import save_video
 
-    gap = np.ones_like(original[:, :, :1])
-    both = np.concatenate([original, gap, gap, fast], axis=2)
-    save_video([_picture(frame, SCALE) for frame in both], out / "video-original-and-accelerated.mp4")
-    save_video([_picture(frame, SCALE) for frame in fast], out / "video-accelerated.mp4")
+    save_video([_picture(frame, SCALE) for frame in fast[0]], out / "video-accelerated.mp4")
+    columns = [np.concatenate(pair, axis=1) for pair in zip(original, fast, strict=True)]
+    save_video([_picture(frame, SCALE) for frame in np.concatenate(columns, axis=2)], out / "video-both.mp4")
 
 
 def _picture(array: np.ndarray, scale: int = 1) -> Image.Image:
