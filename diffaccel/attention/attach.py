@@ -49,8 +49,8 @@ def resolve(sections: Sequence[BlockSparse], context: Context) -> Resolved:
         own = [site for site in sites if site.role != "cross"]
         if not own:
             raise PlanError(
-                f"BlockSparse.sites={section.sites!r} matches cross-attention only ({len(sites)} sites), which is never "
-                "made sparse; use sites='attn' for self-attention and joint attention"
+                f"BlockSparse.sites={section.sites!r} matches cross-attention only ({len(sites)} sites), which is "
+                "never made sparse; use sites='attn' for self-attention and joint attention"
             )
         cross += len(sites) - len(own)
         for site in own:
@@ -69,8 +69,8 @@ def _refuse_ring(denoiser: Denoiser) -> None:
     config = getattr(getattr(denoiser.module, "_parallel_config", None), "context_parallel_config", None)
     if (getattr(config, "ring_degree", None) or 1) > 1:
         raise PlanError(
-            f"{denoiser.component} runs ring attention (ring_degree={config.ring_degree}), where no call sees all keys; "
-            "use Ulysses (ulysses_degree), or leave attention out of the plan"
+            f"{denoiser.component} runs ring attention (ring_degree={config.ring_degree}), where no call sees all "
+            "keys; use Ulysses (ulysses_degree), or leave attention out of the plan"
         )
 
 
@@ -153,10 +153,10 @@ class SparseDenoiser:
         if not learned.seen:
             had = ", ".join(sorted(self.record.backends))
             raise DiffAccelError(
-                f"sparse attention was planned for {len(self.sites)} sites of {self._component}, but none of them called "
-                f"scaled_dot_product_attention{f' (backend set before: {had})' if had else ''}: linear attention, or a "
-                "processor with an implementation of its own. Leave attention out of the plan, or set processors that "
-                "call PyTorch's function"
+                f"sparse attention was planned for {len(self.sites)} sites of {self._component}, but none of them "
+                f"called scaled_dot_product_attention{f' (backend set before: {had})' if had else ''}: linear "
+                "attention, or a processor with an implementation of its own. Leave attention out of the plan, or set "
+                "processors that call PyTorch's function"
             )
         key: _Key = (shapes, None)
         if learned.depends_on_prompt:

@@ -1,7 +1,7 @@
 """One point where every attention call passes: ``torch.nn.functional.scaled_dot_product_attention`` inside a site.
 
-A hook on the site's module enters a function mode inside the wrapped forward. Compiled with the site, the mode leaves no
-trace but the call it replaced. What it reads is the same for all blocks: tensors, and how many there are. No name,
+A hook on the site's module enters a function mode inside the wrapped forward. Compiled with the site, the mode leaves
+no trace but the call it replaced. What it reads is the same for all blocks: tensors, and how many there are. No name,
 counter or density is a Python value here, so that blocks of one class share one graph for each phase.
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -184,11 +184,8 @@ class Learner:
                 except _Unexplained as cut:
                     changed = _Survey(geometry, active, self._sections, spans, text_only)
                     changed.stop_at = len(survey.digests)
-                    with self._perturbed_latents(), self._watched(changed):
-                        try:
-                            run()
-                        except _CutOff:
-                            pass
+                    with self._perturbed_latents(), self._watched(changed), suppress(_CutOff):
+                        run()
                     spans[cut.tokens] = Span(0, cut.tokens)
                     for (site, plain), (_, other) in zip(survey.digests, changed.digests, strict=False):
                         tokens = plain.shape[1]
@@ -304,8 +301,8 @@ class _Survey:
             self._measure(query, section, attn_mask, dense, sparse)
             if section == self._active[site]:
                 result = sparse()
-                if not is_fake(query):
-                    learned.paths.add(str(path_for(query, key, value, pattern, attn_mask)))
+            if not is_fake(query):
+                learned.paths.add(str(path_for(query, key, value, pattern, attn_mask)))
         return dense() if result is None else result
 
     def _why_dense(self, site: int, query: Tensor) -> str | None:
