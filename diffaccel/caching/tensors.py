@@ -37,8 +37,8 @@ def latent_tensors(arguments: Mapping[str, Any]) -> list[Tensor]:
     """The floating tensors that carry latents, those under the usual names first; text, ids and the like never."""
     named = [n for n in _LATENTS if n in arguments]
     rest = [n for n in arguments if n not in named and not any(word in n for word in _CONDITIONS)]
-    leaves = [leaf for n in (*named, *rest) for leaf in _leaves(arguments[n])]
-    return [leaf for leaf in leaves if _is_data(leaf) and leaf.ndim >= 3]
+    usual = [leaf for n in named for leaf in _leaves(arguments[n]) if _is_data(leaf) and leaf.ndim >= 2]
+    return usual + [leaf for n in rest for leaf in _leaves(arguments[n]) if _is_data(leaf) and leaf.ndim >= 3]
 
 
 def partners(outputs: list[Tensor], inputs: list[Tensor]) -> list[int | None]:
