@@ -599,10 +599,13 @@ def test_bad_settings(bad):
 STEPS = 4
 
 
-KINDS = """
-    animatediff auraflow chroma cogvideox cosmos curio dit flux hidream hunyuan_video kandinsky5 ltx ltx2 lumina2 mochi
-    omnigen pixart_sigma prior prx qwen_image sana sd3 stable_audio stable_cascade unet_sd15 wan wan_i2v wan_ti2v z_image
-""".split()
+# fmt: off
+KINDS = [
+    "animatediff", "auraflow", "chroma", "cogvideox", "cosmos", "curio", "dit", "flux", "hidream", "hunyuan_video",
+    "kandinsky5", "ltx", "ltx2", "lumina2", "mochi", "omnigen", "pixart_sigma", "prior", "prx", "qwen_image", "sana",
+    "sd3", "stable_audio", "stable_cascade", "unet_sd15", "wan", "wan_i2v", "wan_ti2v", "z_image",
+]
+# fmt: on
 KINDS += [name for name, specimen in ZOO.items() if not specimen.inputs()[specimen.latents[0]][0].is_floating_point()]
 
 
