@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from diffaccel.errors import InputError
-from diffaccel.pipelines.media import save_image, save_video, writable_folder
+from diffaccel.pipelines.media import check_writable, require_writer, save_image, save_video
 from diffaccel.pipelines.wrapped import Wrapped
 
 MANIFEST = "diffaccel.jsonl"
@@ -60,7 +60,10 @@ def pending(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any], *, o
 
     Raises:
         InputError: a file of that name is there, but was made with other settings or not by a run like this.
+        MissingPackageError: nothing here can write such files.
     """
+    for suffix in {Path(job.file).suffix for job in jobs}:
+        require_writer(suffix)
     if overwrite:
         return list(jobs)
     known = dict(_read(folder / MANIFEST))
@@ -110,7 +113,7 @@ def run_jobs(
     """
     folder = Path(folder)
     todo = set(pending(folder, jobs, settings, overwrite=overwrite))
-    writable_folder(folder)
+    check_writable(folder)
     results = []
     for i, job in enumerate(jobs):
         result = Result(job, folder / job.file, skipped=True)
@@ -138,6 +141,7 @@ def _record(job: Job, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _note(manifest: Path, job: Job, settings: Mapping[str, Any]) -> None:
+    manifest.parent.mkdir(parents=True, exist_ok=True)
     torn = manifest.exists() and not manifest.read_bytes().endswith(b"\n")  # cut off while it was written
     with manifest.open("a") as file:
         file.write(("\n" if torn else "") + json.dumps({"file": job.file, **_record(job, settings)}) + "\n")

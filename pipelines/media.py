@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from diffaccel.errors import InputError
+from diffaccel.errors import InputError, MissingPackageError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEO_SUFFIXES = (".mp4", ".gif")
@@ -68,31 +68,40 @@ def save_video(frames: Sequence[Image.Image], file: str | os.PathLike[str], fps:
 def _write_mp4(arrays: list[np.ndarray], file: Path, fps: float) -> None:
     import imageio
 
+    require_writer(file.suffix)
     # Macro blocks of 16 are only a speed hint; the default would resize the picture to a multiple of them.
     with imageio.get_writer(file, fps=fps, codec="libx264", quality=8, macro_block_size=1) as writer:
         for array in arrays:
             writer.append_data(array)
 
 
-def writable_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make ``folder`` if needed and prove that a file can be written there.
+def require_writer(suffix: str) -> None:
+    """See to it that files of this suffix can be written, before time is spent on what goes into them.
 
     Raises:
-        InputError: it cannot.
+        MissingPackageError: mp4 needs imageio-ffmpeg, which brings its own ffmpeg.
     """
-    folder = Path(folder)
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".diffaccel-{os.getpid()}.partial"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
-        raise InputError(f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another --out") from None
-    return folder
+    if suffix.lower() == ".mp4":
+        try:
+            import imageio  # noqa: F401
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError as error:
+            raise MissingPackageError(
+                f"mp4 needs imageio and imageio-ffmpeg ({error}): pip install imageio-ffmpeg, or write a .gif"
+            ) from None
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that could not be made or written to, without making it yet.
+
+    Raises:
+        InputError: names what is in the way.
+    """
+    place = Path(folder).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "is a file" if not there.is_dir() else "is not writable"
+        raise InputError(f"cannot write to {os.fspath(folder)!r}: {str(there)!r} {what}; choose another --out")
 
 
 def _target(file: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:

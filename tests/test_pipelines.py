@@ -12,7 +12,7 @@ import diffaccel
 from diffaccel.errors import InputError, ModelError, PlanError
 from diffaccel.pipelines import BUNDLED, Wrapped, load
 from diffaccel.pipelines.batch import MANIFEST, Job, make_jobs, run_jobs
-from diffaccel.pipelines.media import read_image, save_image, save_video, writable_folder
+from diffaccel.pipelines.media import check_writable, read_image, save_image, save_video
 from diffaccel.pipelines.start_image import can_start_from_image
 
 CIRCLE = BUNDLED["bundled:image"].example
@@ -383,7 +383,7 @@ def test_media(tmp_path):
     with pytest.raises(InputError, match="no image file"):
         read_image(tmp_path / "none.png")
     with pytest.raises(InputError, match="cannot write to"):
-        writable_folder(tmp_path / "broken.png" / "deeper")
+        check_writable(tmp_path / "broken.png" / "deeper")
 
 
 def test_manifest_says_how_each_output_was_made(image_pipeline, tmp_path):

@@ -32,6 +32,7 @@ def main() -> None:
     except DiffAccelError as error:
         fail(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
-        fail("interrupted; outputs that were finished are kept, and the same command goes on from there")
-        sys.exit(130)
+    except SystemExit as stopped:  # typer's answer to Ctrl-C is 130 and no word
+        if stopped.code == 130:
+            fail("interrupted; outputs that were finished are kept, and the same command goes on from there")
+        raise

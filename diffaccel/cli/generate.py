@@ -72,6 +72,7 @@ def generate(
     quiet_libraries()
     from diffaccel.pipelines.batch import make_jobs, pending, run_jobs
     from diffaccel.pipelines.loading import load
+    from diffaccel.pipelines.media import check_writable
 
     settings = {
         "model": model, "plan": plan_identity(chosen), "image": _file_identity(image), "strength": strength,
@@ -91,7 +92,7 @@ def generate(
 
     if bundled_kind is not None:  # what is wrong with the outputs is said before a model is loaded
         pending(*jobs_for(bundled_kind), settings, overwrite=overwrite)
-    _check_writable(output.parent if one_file else output)
+    check_writable(output.parent if one_file else output)
     wrapped = load(model, device=device, dtype=dtype)
     folder, jobs = jobs_for(wrapped.makes_video)
     if pending(folder, jobs, settings, overwrite=overwrite) and chosen is not None:
@@ -170,13 +171,3 @@ def _suffix(makes_video: bool, file: Path | None, suffix: str | None) -> str:
         kind = "videos" if makes_video else "images"
         raise InputError(f"the pipeline makes {kind}: --out or --format must be {', '.join(allowed)}, got {chosen}")
     return chosen
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuse a place that cannot be written to, without making it yet."""
-    import os
-
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "is a file" if not there.is_dir() else "is not writable"
-        raise InputError(f"cannot write to {str(folder)!r}: {str(there)!r} {what}; choose another --out")

@@ -1,18 +1,55 @@
-"""``diffaccel inspect``: what a model consists of."""
+"""``diffaccel inspect``: what a model consists of, as a tree, a picture of bars or JSON."""
 
 from __future__ import annotations
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_size
+from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 
 EXAMPLES = """
 [bold]Examples[/]
 
 diffaccel inspect
 
-diffaccel inspect -m bundled:video --json
+diffaccel inspect -m bundled:video --picture video.png
+
+diffaccel inspect -m ./my-pipeline --size 512 --json > model.json
 """
 
 
-def inspect(model: Model = "bundled:image", device: Device = None, dtype: Dtype = None, as_json: Json = False) -> None:
-    """Show blocks, sites and attention calls, and where parameters, operations and time go."""
-    raise NotImplementedError
+def inspect(
+    model: Model = "bundled:image",
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Measure a call of two steps, or only read the structure.")
+    ] = True,
+    size: Annotated[str | None, typer.Option(help="One side, or WIDTHxHEIGHT, of the call.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of the call's video.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a picture of bars (.png, .pdf, .svg) here.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Show blocks, sites with their roles and attention calls, and where parameters, operations and time go."""
+    wh = read_size(size)
+    quiet_libraries()
+    from diffaccel.inspection import draw, inspect_model
+    from diffaccel.inspection.render import tree
+    from diffaccel.pipelines import BUNDLED, load
+
+    wrapped = load(model, device=device, dtype=dtype)
+    call: dict[str, Any] = {"num_frames": frames} if frames is not None else {}
+    call |= {"width": wh[0], "height": wh[1]} if wh else {}
+    if model in BUNDLED:
+        call["prompt"] = BUNDLED[model].example
+    with err.status("measuring a call of two steps") if run else err.status("reading"):
+        inspection = inspect_model(wrapped, call or None, run=run)
+    if as_json:
+        print_json(inspection.to_dict())
+    else:
+        out.print(tree(inspection))
+    if picture is not None:
+        note(f"wrote {draw(inspection, picture)}")
