@@ -24,7 +24,7 @@ def inspect_model(model: Any, call: Mapping[str, Any] | None = None, *, run: boo
     """What a pipeline or denoiser consists of.
 
     A run is one call of the pipeline with two steps, or one forward of a bare denoiser, done three times: for layouts
-    and warm-up, for operations, for time. Compiled parts run as plain Python meanwhile, and every layer is waited for, so
+    and warm-up, for operations, for time. Compiled parts run as plain Python meanwhile, and layers are waited for, so
     shares of time are meant, not the total. All hooks are on instances and gone afterwards.
 
     Args:
