@@ -16,7 +16,7 @@ from diffaccel import BlockSparse, Plan, PlanError, Quantize, StepCache, acceler
 
 QUANTIZE = Plan(quantization=[Quantize()])
 SPARSE = Plan(attention=[BlockSparse(density=0.5, steps=(0.0, 1.0), block_size=16)])
-CACHE = Plan(caching=StepCache(threshold=1.0, max_skips=2))
+CACHE = Plan(caching=StepCache(threshold=100, max_skips=2, min_steps=1))
 TOGETHER = Plan(quantization=QUANTIZE.quantization, attention=SPARSE.attention, caching=CACHE.caching)
 PLANS = {"quantization": QUANTIZE, "attention": SPARSE, "caching": CACHE, "together": TOGETHER}
 
