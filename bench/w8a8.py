@@ -3,9 +3,10 @@
     python bench/w8a8.py                   # all rows
     python bench/w8a8.py --rows speed      # only the times, with and without VNNI
 
-Each row runs in a process of its own. Times are medians of interleaved runs (p20 and p80 beside them); memory is the
-anonymous resident memory of the whole process, Python and torch included (Linux only). The row "AVX2" limits the
-libraries to what a processor without AVX-512 and VNNI has.
+Each row runs in a process of its own. Times are medians of interleaved runs, p20 and p80 beside them; on a machine that
+others use too, read the ratio of processor time, taken with --threads 1. Memory is the anonymous resident memory of
+the whole process, Python and torch included (Linux only). The row "AVX2" limits the libraries to what a processor
+without AVX-512 and VNNI has.
 """
 
 import argparse
@@ -87,17 +88,20 @@ def speed(args):
         accel = diffaccel.accelerate(model, plan())
         expected, got = reference(**feed)[0], model(**feed)[0]
         times = {"float32": [], "w8a8": []}
+        processor = {"float32": [], "w8a8": []}
         for _ in range(args.repeats):
             for name, net in (("float32", reference), ("w8a8", model)):
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 net(**feed)
                 times[name].append(time.perf_counter() - start)
+                processor[name].append(time.process_time() - busy)
     sqnr = 10 * torch.log10(expected.double().square().sum() / (expected - got).double().square().sum()).item()
     facts = accel.report().techniques[0].facts
     quantiles = {name: [round(q, 4) for q in statistics.quantiles(t, n=10)[1::3]] for name, t in times.items()}
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
         "speedup": medians["float32"] / medians["w8a8"],
+        "speedup_processor_time": statistics.median(processor["float32"]) / statistics.median(processor["w8a8"]),
         "seconds": medians,
         "p20_p50_p80": quantiles,
         "sqnr_db": sqnr,

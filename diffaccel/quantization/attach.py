@@ -84,9 +84,10 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
         for ranges in set(resolved.sites.values()) - {_ALWAYS}
         if any(s.component == d.component and r == ranges for s, r in resolved.sites.items())
     }
-    for component, phase in ((c, p) for (c, _), p in phases.items()):
-        denoiser = next(d for d in context.denoisers if d.component == component)
-        context.root(denoiser).listeners.append(_follow(phase))
+    for denoiser in context.denoisers:
+        for (component, _), followed in phases.items():
+            if component == denoiser.component:
+                context.root(denoiser).listeners.append(_follow(followed))
     notes = _slower(resolved, context)
     layers: dict[Site, QuantizedLinear] = {}
     facts: Counter[str] = Counter()
@@ -144,7 +145,7 @@ class QuantizedLinears:
         bits = sorted({layer.bits for layer in self._layers.values()})
         if 7 in bits:
             notes.append("activations have 7 bits: without VNNI this CPU's int8 kernels saturate at 8")
-        facts = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
+        facts: dict[str, Any] = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
         if kernels := self._kernels():
             facts["kernels"] = kernels
         settings = "; ".join(_describe(s) for s in self._resolved.sections)

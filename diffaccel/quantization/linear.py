@@ -147,14 +147,14 @@ def become_quantized(
         layer.register_buffer("original", original.data, persistent=False)
 
 
-def become_linear(layer: QuantizedLinear, weight: nn.Parameter) -> None:
+def become_linear(layer: QuantizedLinear, weight: nn.Parameter | None) -> None:
     """The inverse of `become_quantized`."""
     for name in ("qweight", "scale", "original"):
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     for name in ("bits", "weight_dtype", "parked", "phase"):
         layer.__dict__.pop(name, None)
-    layer.__class__ = nn.Linear
+    layer.__class__ = nn.Linear  # type: ignore[assignment]
     layer._parameters["weight"] = weight
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -118,9 +119,9 @@ def mark_quantized(model: nn.Module, sites: str) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
     dtypes = {str(m.weight_dtype).removeprefix("torch.") for m in model.modules() if isinstance(m, QuantizedLinear)}
     config = DiffAccelConfig(sites=sites, dtype=min(dtypes))
-    if hasattr(model, "register_to_config"):
+    if isinstance(model, ConfigMixin):
         model.register_to_config(quantization_config=config)
-    model.hf_quantizer = DiffAccelQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.hf_quantizer = DiffAccelQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
 

@@ -45,7 +45,7 @@ class QuantizedWeight(Tensor):
         return self
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         raise _refusal("reads or replaces .weight.data")
 
     @data.setter
@@ -53,7 +53,9 @@ class QuantizedWeight(Tensor):
         raise _refusal("replaces .weight.data")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for value, argument in zip(args, func._schema.arguments, strict=False):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise _refusal(f"calls {func._schema.name} on .weight")
@@ -63,7 +65,7 @@ class QuantizedWeight(Tensor):
 
         return func(*tree_map(dequantised, args), **tree_map(dequantised, kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight(int8, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
