@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.attention.intercept import SiteHook, use_native_backend
-from diffaccel.attention.layout import SIZES, Geometry
+from diffaccel.attention.layout import SIZES, Geometry, is_fake
 from diffaccel.attention.learn import Learned, Learner
 from diffaccel.attention.record import SPARSE, AttachedAttention, Record
 from diffaccel.attention.section import BlockSparse
@@ -102,6 +102,7 @@ class SparseDenoiser:
         self.record = Record(len(planned))
         self._known: dict[_Key, Learned] = {}
         self._moving: set[Any] = set()
+        self._read: tuple[int, dict[str, tuple[Any, ...]]] = (-1, {})
         self._component = denoiser.component
         self._sections = sections
         self._choices = [choice for _, choice in planned]
@@ -132,7 +133,7 @@ class SparseDenoiser:
     def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
         phase = tuple(in_steps(call.progress, section.steps) for section in self._sections)
         shapes = tuple(_shape(name, value) for name, value in arguments.items() if name != self._timestep)
-        key = (shapes, (call.run, call.branch) if shapes in self._moving else None)
+        key = (shapes, self._lengths(call, arguments) if shapes in self._moving else ())
         if key not in self._known:
             key, output, again = torch.compiler.disable(self._learn)(shapes, call, phase, arguments, compute)
             self._enter(key, phase)
@@ -158,12 +159,12 @@ class SparseDenoiser:
                 "attention, or a processor with an implementation of its own. Leave attention out of the plan, or set "
                 "processors that call PyTorch's function"
             )
-        key: _Key = (shapes, None)
-        if learned.depends_on_prompt:
+        key: _Key = (shapes, ())
+        if learned.probed:  # text among the tokens: masks may move the image, or change how many tokens there are
             self._moving.add(shapes)
-            key = (shapes, (call.run, call.branch))
-            for old in [k for k in self._known if k[0] == shapes and k[1] and k[1][0] != call.run]:
-                del self._known[old]
+            key = (shapes, self._lengths(call, arguments))
+        while len(self._known) >= _MOST_SHAPES:
+            del self._known[next(iter(self._known))]
         self._known[key] = learned
         self.record.learned(learned)
         return key, output, was_compiled
@@ -185,6 +186,17 @@ class SparseDenoiser:
         self.record.saw(learned)
         self._set = (key, phase)
 
+    def _lengths(self, call: Call, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Text lengths by masks. Off the CPU they are read once a run and branch: later calls of it have the same."""
+        masks = [v for name, v in arguments.items() if isinstance(v, Tensor) and _tells_length(name, v)]
+        if any(mask.device.type != "cpu" for mask in masks):
+            if self._read[0] != call.run:
+                self._read = (call.run, {})
+            if call.branch not in self._read[1]:
+                self._read[1][call.branch] = _sums(masks)
+            return self._read[1][call.branch]
+        return _sums(masks)
+
     def _active(self, site: int, phase: _Phase) -> BlockSparse | None:
         """The last section that covers the site and holds now."""
         return next((self._sections[i] for i in reversed(self._choices[site]) if phase[i]), None)
@@ -196,7 +208,18 @@ class SparseDenoiser:
 
 
 _Phase = tuple[bool, ...]
-_Key = tuple[Any, tuple[int, str] | None]
+_Key = tuple[Any, tuple[Any, ...]]
+
+_MOST_SHAPES = 32
+
+
+def _tells_length(name: str, value: Tensor) -> bool:
+    """A mask over tokens, or lengths; not per-token data, which changes with every prompt."""
+    return not is_fake(value) and (value.dtype == torch.bool or "mask" in name or name.endswith(("lens", "lengths")))
+
+
+def _sums(masks: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple(tuple(mask.reshape(len(mask), -1).sum(1).tolist()) if mask.ndim else () for mask in masks)
 
 
 def _shape(name: str, value: Any) -> Any:

@@ -70,6 +70,7 @@ class Learned:
         achieved: (tokens, density, block size) -> kept share of all blocks.
         paths: how the kernel ran the sparse calls.
         seen: attention calls that came to PyTorch's function.
+        probed: other tokens were looked for by a probe.
         devices: (site, tokens) -> where the calls run.
         fake_mode: of a dry run.
     """
@@ -82,14 +83,10 @@ class Learned:
     paths: set[str] = field(default_factory=set)
     timings: list[Timing] = field(default_factory=list)
     seen: int = 0
+    probed: bool = False
     devices: dict[tuple[int, int], torch.device] = field(default_factory=dict)
     fake_mode: Any = None
     _patterns: dict[tuple[Any, ...], BlockPattern] = field(default_factory=dict)
-
-    @property
-    def depends_on_prompt(self) -> bool:
-        """Other tokens on both sides of the image: padding behind it moves with the length of the caption."""
-        return any(layout is not None and layout.before and layout.after for layout in self.layouts.values())
 
     def patterns(self, site: int, section: BlockSparse | None) -> Patterns:
         """What the site's hook needs while ``section`` holds there."""
@@ -180,7 +177,9 @@ class Learner:
                 survey.may_probe = len(spans) < _MOST_PROBES
                 try:
                     with self._watched(survey):
-                        return survey.learned, run(), was_compiled
+                        output = run()
+                    survey.learned.probed = bool(spans)
+                    return survey.learned, output, was_compiled
                 except _Unexplained as cut:
                     changed = _Survey(geometry, active, self._sections, spans, text_only)
                     changed.stop_at = len(survey.digests)
