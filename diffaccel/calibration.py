@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from diffaccel.attach import accelerate
 from diffaccel.caching.ratios import Recorder
@@ -39,12 +40,15 @@ def calibrate(
         The plan with artefacts and the key of this model.
 
     Raises:
-        PlanError: nothing in the plan needs calibration, no prompts, or the pipeline is already accelerated.
+        PlanError: nothing in the plan needs calibration, no prompts, no pipeline, or one that is already accelerated.
+        ModelError: no denoiser in ``pipe``.
     """
     plan = _as_plan(plan)
     if not (isinstance(plan.caching, StepCache) and plan.caching.policy == "mag"):
         raise PlanError('nothing in this plan needs calibration; StepCache(policy="mag") does')
     requests = _requests(prompts)
+    if isinstance(pipe, nn.Module):
+        raise PlanError(f"calibrate runs a pipeline, got the bare denoiser {type(pipe).__name__}; give its pipeline")
     key = plan_key(find_denoisers(pipe))
     others = dataclasses.replace(plan, caching=None)
     with accelerate(pipe, others) as accel, Progress(console=Console(stderr=True), transient=True) as progress:

@@ -33,7 +33,7 @@ class StepCache(Section):
     technique: ClassVar[str] = "caching"
 
     policy: str = "easy"
-    forecast: str = "linear"
+    forecast: str = "trend"
     threshold: float = 0.05
     protect_first: float = 0.1
     protect_last: int = 1
