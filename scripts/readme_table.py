@@ -1,0 +1,121 @@
+"""Fills README's table and picture from measurements; ``--measure`` measures first.
+
+The measurements lie in ``assets/readme/{image,video}.json``. The part of README between the two marker comments is
+replaced; nothing in it is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README, MEASURED = ROOT / "README.md", ROOT / "assets" / "readme"
+BEGIN, END = "<!-- table: scripts/readme_table.py -->", "<!-- end of table -->"
+PLANS = ("balanced", "fast")
+SHOWN = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true", help="measure again (minutes), then fill")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of each pipeline (default: 16)")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        for kind in ("image", "video"):
+            measure(kind, arguments.prompts)
+    results = {kind: json.loads((MEASURED / f"{kind}.json").read_text()) for kind in ("image", "video")}
+    README.write_text(filled(README.read_text(), results))
+
+
+def measure(kind: str, count: int) -> None:
+    """Compare the presets on a bundled pipeline; write the result and, for images, the picture."""
+    from diffaccel.cli.console import out, quiet_libraries
+
+    quiet_libraries()
+    from diffaccel.cli.machine import describe_machine
+    from diffaccel.eval.compare import compare
+    from diffaccel.pipelines import BUNDLED, load
+
+    name = f"bundled:{kind}"
+    result = compare(load(name), PLANS, BUNDLED[name].prompts()[:count], folder=ROOT / "out" / "readme" / kind)
+    out.print(result)
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    data = {**result.to_dict(), "processor": describe_machine()["processor"]["name"]}
+    (MEASURED / f"{kind}.json").write_text(json.dumps(data, indent=1) + "\n")
+    if kind == "image":
+        _draw_pair(result)
+
+
+def _draw_pair(result: Any) -> None:
+    """The first prompts: originals above, accelerated with the same seeds below."""
+    import numpy as np
+    from PIL import Image
+
+    rows = [[result.store.load(row, i)[0] for i in range(SHOWN)] for row in ("reference", PLANS[0])]
+    gap = 8
+    height, width, _ = rows[0][0].shape
+    sheet = np.ones((2 * height + gap, SHOWN * width + (SHOWN - 1) * gap, 3))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet[y * (height + gap) :, x * (width + gap) :][:height, :width] = picture
+    Image.fromarray((sheet.clip(0, 1) * 255).round().astype(np.uint8)).save(MEASURED / "pair.png", optimize=True)
+
+
+def filled(readme: str, results: dict[str, dict[str, Any]]) -> str:
+    """``readme`` with the part between the markers made from ``results``."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{_table(results)}\n{END}{after}"
+
+
+def _table(results: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| pipeline | | steps | denoising loop | speed-up [95 %] | PSNR, mean | worst decile |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for kind, result in results.items():
+        for row in _in_order(result["rows"]):
+            lines.append(f"| bundled:{kind} | {' | '.join(_cells(row))} |")
+    return "\n".join([*lines, "", *_conditions(results)])
+
+
+def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each plan followed by its controls."""
+    ordered: list[dict[str, Any]] = []
+    for row in rows:
+        if row["kind"] != "control":
+            ordered += [row, *(c for c in rows if row["name"] in c["control_of"] and c not in ordered)]
+    return ordered
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    s, psnr = row["speedup"], row["psnr"]
+    names = {"reference": "original", "control": f"*control: {row['name']}*"}
+    name = names.get(row["kind"], f"**{row['name']}**")
+    if psnr is None:
+        return (name, str(row["steps"]), f"{row['loop_seconds']:.2f} s", "1", "", "")
+    speed = f"{s['value']:.2f}x [{s['low']:.2f}, {s['high']:.2f}]"
+    fidelity = (f"{psnr['mean']:.1f} dB", f"{psnr['worst_decile']:.1f} dB")
+    return (name, str(row["steps"]), f"{row['loop_seconds']:.2f} s", speed, *fidelity)
+
+
+def _conditions(results: dict[str, dict[str, Any]]) -> list[str]:
+    counts = " and ".join(f"{len(r['prompts'])} {kind} prompts" for kind, r in results.items())
+    first = next(iter(results.values()))
+    c = first["conditions"]
+    versions = ", ".join(f"{name} {v}" for name, v in c["versions"].items())
+    where = first["processor"] if c["device"] == "cpu" else c["device"]
+    threads = f"{c['threads']} thread{'s' if c['threads'] > 1 else ''}"
+    return [
+        f"{counts}, seed {', '.join(map(str, first['seeds']))}, batch 1, {c['dtype']}, {where}, {threads}; {versions}. "
+        "Rows took turns; the speed-up is the median over the prompts. PSNR is against the original output of the same "
+        "seed. The control runs the original pipeline with as many steps as cost the same time: a plan is worth its name "
+        "where it is above its control."
+    ]
+
+
+if __name__ == "__main__":
+    main()
