@@ -67,7 +67,7 @@ def test_twenty_blocks_two_graphs(when):
 
 
 def test_joint_attention_and_removal():
-    specimen = deep("flux", num_layers=3, num_single_layers=3)
+    specimen = deep("flux", num_layers=2, num_single_layers=1)
     model = specimen.build()
     plain = specimen.build()
     model.compile_repeated_blocks(backend="eager")
@@ -86,7 +86,7 @@ def test_joint_attention_and_removal():
 
 
 def test_whole_denoiser_compiled_in_place():
-    specimen = ZOO["curio"]
+    specimen = deep("curio", depth=1)
     model = specimen.build()
     plain = specimen.build()
     model.compile(backend="eager")

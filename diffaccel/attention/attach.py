@@ -67,9 +67,10 @@ def resolve(sections: Sequence[BlockSparse], context: Context) -> Resolved:
 
 def _refuse_ring(denoiser: Denoiser) -> None:
     config = getattr(getattr(denoiser.module, "_parallel_config", None), "context_parallel_config", None)
-    if (getattr(config, "ring_degree", None) or 1) > 1:
+    degree = getattr(config, "ring_degree", None) or 1
+    if degree > 1:
         raise PlanError(
-            f"{denoiser.component} runs ring attention (ring_degree={config.ring_degree}), where no call sees all "
+            f"{denoiser.component} runs ring attention (ring_degree={degree}), where no call sees all "
             "keys; use Ulysses (ulysses_degree), or leave attention out of the plan"
         )
 
@@ -181,8 +182,8 @@ class SparseDenoiser:
             for reason, calls in learned.dense.get(site, {}).items():
                 self._tally[reason] += calls
             for tokens, calls in learned.suitable.get(site, {}).items():
-                reason = learned.why_dense(tokens, section) if section is not None else "outside its steps"
-                self._tally[reason or SPARSE] += calls
+                why = learned.why_dense(tokens, section) if section is not None else "outside its steps"
+                self._tally[why or SPARSE] += calls
         self.record.saw(learned)
         self._set = (key, phase)
 

@@ -132,7 +132,7 @@ def use_native_backend(module: nn.Module) -> tuple[list[str], Callable[[], None]
     Returns:
         The backends that processors had set for themselves, and how to put them back.
     """
-    undo: list[Callable[[], None]] = []
+    kept: list[tuple[Any, Any]] = []
     had: list[str] = []
     for owner in _dispatching(module.modules()):
         own = owner.__dict__.get("_attention_backend", _ABSENT)
@@ -140,11 +140,11 @@ def use_native_backend(module: nn.Module) -> tuple[list[str], Callable[[], None]
         if backend is not None and AttentionBackendName(backend) is not AttentionBackendName.NATIVE:
             had.append(AttentionBackendName(backend).value)
         owner.__dict__["_attention_backend"] = AttentionBackendName.NATIVE
-        undo.append(lambda owner=owner, own=own: _put_back(owner, own))
+        kept.append((owner, own))
 
     def restore() -> None:
-        for step in reversed(undo):
-            step()
+        for owner, own in reversed(kept):
+            _put_back(owner, own)
 
     return had, restore
 
@@ -175,9 +175,10 @@ def uncompiled(root: nn.Module) -> Iterator[bool]:
         if module.__dict__.get("_compiled_call_impl") is not None:  # module.compile()
             replaced.append((module.__dict__, "_compiled_call_impl", module.__dict__["_compiled_call_impl"]))
             module.__dict__["_compiled_call_impl"] = None
-        elif "_orig_mod" in module._modules and "forward" in module.__dict__:  # torch.compile(module)
+        elif (inner := module._modules.get("_orig_mod")) is not None and "forward" in module.__dict__:
+            # torch.compile(module)
             replaced.append((module.__dict__, "forward", module.__dict__["forward"]))
-            module.__dict__["forward"] = module._modules["_orig_mod"].__call__  # type: ignore[union-attr]
+            module.__dict__["forward"] = inner.__call__
     try:
         yield bool(replaced)
     finally:
