@@ -1,13 +1,16 @@
 """Fills README's table and picture from measurements; ``--measure`` measures first.
 
 The measurements lie in ``assets/readme/{image,video}.json``. The part of README between the two marker comments is
-replaced; nothing in it is written by hand.
+replaced, and what the first block of Python prints; neither is written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ def main() -> None:
         for kind in ("image", "video"):
             measure(kind, arguments.prompts)
     results = {kind: json.loads((MEASURED / f"{kind}.json").read_text()) for kind in ("image", "video")}
-    README.write_text(filled(README.read_text(), results))
+    readme = filled(README.read_text(), results)
+    README.write_text(with_output(readme) if arguments.measure else readme)
 
 
 def measure(kind: str, count: int) -> None:
@@ -71,6 +75,15 @@ def filled(readme: str, results: dict[str, dict[str, Any]]) -> str:
     return f"{before}{BEGIN}\n{_table(results)}\n{END}{after}"
 
 
+def with_output(readme: str) -> str:
+    """``readme`` with what its first block of Python really prints below that block."""
+    match = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL)
+    assert match is not None, "README has no Python block with its output below"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(match.group(1), str(README), "exec"), {})
+    return readme[: match.start(2)] + printed.getvalue() + readme[match.end(2) :]
+
+
 def _table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "| pipeline | | steps | denoising loop | speed-up [95 %] | PSNR, mean | worst decile |",
@@ -112,8 +125,8 @@ def _conditions(results: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"{counts}, seed {', '.join(map(str, first['seeds']))}, batch 1, {c['dtype']}, {where}, {threads}; {versions}. "
         "Rows took turns; the speed-up is the median over the prompts. PSNR is against the original output of the same "
-        "seed. The control runs the original pipeline with as many steps as cost the same time: a plan is worth its name "
-        "where it is above its control."
+        "seed. The control runs the original pipeline with as many steps as cost the same time: a plan is worth its "
+        "name where it is above its control."
     ]
 
 
