@@ -140,7 +140,7 @@ def _figure(width: float, height: float) -> Figure:
 def _write(figure: Figure, out: str | os.PathLike[str]) -> Path:
     path = Path(out).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # wrapped titles are taller than the layout reckons
     return path
 
 

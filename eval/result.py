@@ -128,8 +128,10 @@ class Result:
 
     def table(self) -> Table:
         """One line per row; controls are indented under the plan they belong to."""
-        table = Table(box=box.SIMPLE_HEAD, padding=0, title=self._title(), title_justify="left", title_style="")
-        table.add_column("", overflow="fold")
+        table = Table(
+            box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title=self._title(), title_justify="left", title_style=""
+        )
+        table.add_column("", overflow="fold", min_width=9)
         for name in _COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._ordered():
