@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -83,11 +84,10 @@ def require_writer(suffix: str) -> None:
     """
     if suffix.lower() == ".mp4":
         try:
-            import imageio  # noqa: F401
-            import imageio_ffmpeg  # noqa: F401
+            import_module("imageio_ffmpeg")
         except ImportError as error:
             raise MissingPackageError(
-                f"mp4 needs imageio and imageio-ffmpeg ({error}): pip install imageio-ffmpeg, or write a .gif"
+                f"mp4 needs imageio-ffmpeg ({error}): pip install imageio-ffmpeg, or write a .gif"
             ) from None
 
 
