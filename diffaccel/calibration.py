@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -63,14 +64,28 @@ def calibrate(
             recorders.append(Recorder(denoiser))
             root.wrappers.append(recorders[-1])
             root.listeners.append(show)
-        for request in requests:
-            pipe(**{**call, **request})
+        with _quiet(pipe):
+            for request in requests:
+                pipe(**{**call, **request})
     artefacts = {name: tensor for recorder in recorders for name, tensor in recorder.artefacts()}
     if not artefacts:
         raise PlanError(
             f"{type(pipe).__name__} never called its denoiser while calibrating; check the call's arguments"
         )
     return dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **artefacts}), key=key)
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline's own progress bar off; ours stands for all prompts."""
+    own = pipe.__dict__.get("_progress_bar_config")
+    pipe._progress_bar_config = {**(own or {}), "disable": True}
+    try:
+        yield
+    finally:
+        pipe.__dict__.pop("_progress_bar_config")
+        if own is not None:
+            pipe._progress_bar_config = own
 
 
 def _as_plan(plan: Plan | Section) -> Plan:

@@ -45,6 +45,7 @@ def test_ratios_are_those_of_the_definition():
         torch.testing.assert_close(got, torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)
         assert plan.artefacts[f"caching.transformer.{branch}.timesteps"].tolist() == timesteps
     assert not vars(pipe.scheduler).keys() & {"step", "set_timesteps"}
+    assert pipe._progress_bar_config == PIPELINES["wan"].build()._progress_bar_config
     assert "_diffusers_hook" not in vars(pipe.transformer)
 
 
