@@ -69,8 +69,16 @@ def accelerate(
         pipeline=pipeline,
         sections=tuple(s for t in TECHNIQUES for s in resolved_plan.sections(t)),
     )
-    used = [technique for technique in TECHNIQUES if resolved_plan.sections(technique)]
-    resolved = {t: _MODULES[t].resolve(resolved_plan.sections(t), context) for t in used}
+    resolved = {}
+    for technique in TECHNIQUES:
+        if sections := resolved_plan.sections(technique):
+            try:
+                resolved[technique] = _MODULES[technique].resolve(sections, context)
+            except PlanError as refusal:
+                if plan not in PRESETS:
+                    raise
+                resolved_plan = resolved_plan.without(technique)
+                notes = [*notes, f"{technique} left out: {refusal}"]
     with ExitStack() as on_failure:  # unwinds unless everything attached
         on_failure.enter_context(context.undo)
         for denoiser in denoisers:
@@ -79,7 +87,7 @@ def accelerate(
         if profile:
             for denoiser in denoisers:
                 context.root(denoiser)
-        attached = [_MODULES[t].attach(resolved[t], context) for t in used]
+        attached = [_MODULES[technique].attach(sites, context) for technique, sites in resolved.items()]
         on_failure.pop_all()
     return Accelerated(resolved_plan, context, attached, notes)
 

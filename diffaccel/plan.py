@@ -154,6 +154,10 @@ class Plan:
         """True when nothing would be applied."""
         return not any(self.sections(technique) for technique in TECHNIQUES)
 
+    def without(self, technique: str) -> Plan:
+        """The same plan with the field of one technique empty."""
+        return dataclasses.replace(self, **{technique: None if technique == "caching" else ()})
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, without the artefacts' contents."""
         body: dict[str, Any] = {
