@@ -67,7 +67,6 @@ def accelerate(
         originals=originals,
         profile=profile,
         pipeline=pipeline,
-        sections=tuple(s for t in TECHNIQUES for s in resolved_plan.sections(t)),
     )
     resolved = {}
     for technique in TECHNIQUES:

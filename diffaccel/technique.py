@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from diffaccel.clock import Clock
 from diffaccel.denoiser import Denoiser
 from diffaccel.hooks import install
-from diffaccel.plan import Artefacts, Section
+from diffaccel.plan import Artefacts
 from diffaccel.report import TechniqueReport
 from diffaccel.root import RootHook
 
@@ -50,7 +50,6 @@ class Context:
         originals: where replaced weights wait: ``cpu``, ``disk`` or ``device``.
         profile: whether to measure seconds.
         pipeline: the pipeline, or None for a bare denoiser.
-        sections: every section of the plan, for conflicts between techniques.
     """
 
     denoisers: tuple[Denoiser, ...]
@@ -59,7 +58,6 @@ class Context:
     originals: str = "cpu"
     profile: bool = False
     pipeline: Any = None
-    sections: tuple[Section, ...] = ()
     undo: ExitStack = field(default_factory=ExitStack)
     roots: dict[str, RootHook] = field(default_factory=dict)
 
