@@ -226,6 +226,19 @@ def test_other_backends_are_set_aside_at_planned_sites_only():
     assert all(processor._attention_backend is AttentionBackendName.FLEX for processor in processors)
 
 
+def test_a_backend_set_while_attached_is_set_aside_and_left_afterwards():
+    specimen = ZOO["wan"]
+    model = specimen.build()
+    with accelerate(model, plan()) as accel:
+        expected = out(specimen, model)
+        processors = [site.module.processor for site in find_denoisers(model)[0].attentions]
+        for processor in processors:
+            processor._attention_backend = AttentionBackendName.FLEX
+        assert distance(out(specimen, model), expected) < 1e-5
+        assert any("backend flex" in note for note in accel.report().techniques[0].notes)
+    assert all(processor._attention_backend is AttentionBackendName.FLEX for processor in processors)
+
+
 def test_planned_sites_that_never_call_attention():
     specimen = ZOO["sana"]  # linear attention
     model = specimen.build()

@@ -287,7 +287,7 @@ def test_compiled_blocks(plan, when):
 
 @pytest.mark.parametrize("how", ["torch.compile", "module.compile"])
 @pytest.mark.parametrize("when", ["before", "after"])
-@every_plan
+@pytest.mark.parametrize("plan", [CACHE, TOGETHER], ids=["caching", "together"])
 def test_compiled_whole(plan, when, how):
     torch._dynamo.reset()
     pipe = PIPELINES["pixart_sigma"].build()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.attention.intercept import SiteHook, use_native_backend
+from diffaccel.attention.intercept import NativeBackend, SiteHook
 from diffaccel.attention.layout import SIZES, Geometry, is_fake
 from diffaccel.attention.learn import Learned, Learner
 from diffaccel.attention.record import SPARSE, AttachedAttention, Record
@@ -114,14 +114,15 @@ class SparseDenoiser:
         self._tally: Counter[str] = Counter()
         self._hooks = [SiteHook() for _ in planned]
         self._root_hook: SiteHook | None = None
+        self._backends: list[NativeBackend] = []
         for site, hook in zip(self.sites, self._hooks, strict=True):
             if site.module is denoiser.module:
                 self._root_hook = hook  # its mode is entered here: the root's own hook stands below
             else:
                 context.undo.callback(install(site.module, hook, "attention"))
-            had, restore = use_native_backend(site.module)
-            context.undo.callback(restore)
-            self.record.backends.update(had)
+            backend = NativeBackend(site.module)
+            context.undo.callback(backend.restore)
+            self._backends.append(backend)
         self._learner = Learner(
             context.root(denoiser),
             denoiser.module,
@@ -132,6 +133,9 @@ class SparseDenoiser:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
+        for backend in self._backends:
+            backend.hold()
+            self.record.backends |= backend.overridden
         phase = tuple(in_steps(call.progress, section.steps) for section in self._sections)
         shapes = tuple(_shape(name, value) for name, value in arguments.items() if name != self._timestep)
         key = (shapes, self._lengths(call, arguments) if shapes in self._moving else ())

@@ -126,27 +126,41 @@ class SiteHook(ModelHook):
         return SparseCalls(self.patterns) if self.patterns else None
 
 
-def use_native_backend(module: nn.Module) -> tuple[list[str], Callable[[], None]]:
-    """Let the attention processors inside ``module`` call PyTorch's attention, whatever backend is set.
+class NativeBackend:
+    """Lets the attention processors inside ``module`` call PyTorch's attention, whatever backend the user sets.
 
-    Returns:
-        The backends that processors had set for themselves, and how to put them back.
+    Attributes:
+        overridden: names of the other backends that were set, before or since.
     """
-    kept: list[tuple[Any, Any]] = []
-    had: list[str] = []
-    for owner in _dispatching(module.modules()):
-        own = owner.__dict__.get("_attention_backend", _ABSENT)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.overridden: set[str] = set()
+        self._owners = list(_dispatching(module.modules()))
+        self._before = [owner.__dict__.get("_attention_backend", _ABSENT) for owner in self._owners]
+        for owner in self._owners:
+            self._override(owner)
+
+    def hold(self) -> None:
+        """Override again where the user set another backend meanwhile; `restore` then leaves the user's."""
+        for index, owner in enumerate(self._owners):
+            if owner._attention_backend is not AttentionBackendName.NATIVE:
+                self._before[index] = owner._attention_backend
+                self._override(owner)
+
+    def restore(self) -> None:
+        """Put the backends back."""
+        self.hold()
+        for owner, own in zip(self._owners, self._before, strict=True):
+            if own is _ABSENT:
+                owner.__dict__.pop("_attention_backend", None)
+            else:
+                owner.__dict__["_attention_backend"] = own
+
+    def _override(self, owner: Any) -> None:
         backend = owner._attention_backend
         if backend is not None and AttentionBackendName(backend) is not AttentionBackendName.NATIVE:
-            had.append(AttentionBackendName(backend).value)
+            self.overridden.add(AttentionBackendName(backend).value)
         owner.__dict__["_attention_backend"] = AttentionBackendName.NATIVE
-        kept.append((owner, own))
-
-    def restore() -> None:
-        for owner, own in reversed(kept):
-            _put_back(owner, own)
-
-    return had, restore
 
 
 _ABSENT = object()
@@ -158,13 +172,6 @@ def _dispatching(modules: Iterable[nn.Module]) -> Iterator[Any]:
         for owner in (module, getattr(module, "processor", None)):
             if owner is not None and hasattr(owner, "_attention_backend"):
                 yield owner
-
-
-def _put_back(owner: Any, own: Any) -> None:
-    if own is _ABSENT:
-        owner.__dict__.pop("_attention_backend", None)
-    else:
-        owner.__dict__["_attention_backend"] = own
 
 
 @contextmanager
