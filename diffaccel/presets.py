@@ -15,7 +15,7 @@ from diffaccel.quantization.worth import worth_it
 
 PRESETS = ("lossless", "balanced", "fast")
 
-_CACHE = {"balanced": StepCache(threshold=0.06), "fast": StepCache(threshold=0.12)}
+_CACHE = {"balanced": StepCache(threshold=0.07), "fast": StepCache(threshold=0.12)}
 """Measured by bench/step_cache.py. The threshold is relative to a model's own signal, so it holds for any denoiser."""
 
 
