@@ -55,7 +55,10 @@ def accelerate(
     denoisers = find_denoisers(model)
     for denoiser in denoisers:
         if _MARK in denoiser.module.__dict__:
-            raise PlanError(f"{denoiser.component} is already accelerated; call remove() on its handle first")
+            raise PlanError(
+                f"{denoiser.component} is already accelerated; call remove() on its handle first (after bake() with "
+                "caching or attention in the plan: load the model again)"
+            )
     resolved_plan, notes = _plan_for(plan, model)
     if resolved_plan.key is not None:
         notes = [*notes, *check_key(resolved_plan.key, denoisers)]
@@ -146,6 +149,9 @@ class Accelerated:
             for attached in self._attached:
                 attached.bake()
             self._context.undo.pop_all()
+            if not self._context.roots:  # no hooks: a plain model with other weights, which may be accelerated further
+                for denoiser in self._context.denoisers:
+                    denoiser.module.__dict__.pop(_MARK, None)
 
     def __enter__(self) -> Accelerated:
         return self
