@@ -1,7 +1,6 @@
 """README's code runs and prints what README says; its table is what the script makes of the committed measurements."""
 
 import importlib.util
-import json
 import re
 import shlex
 from pathlib import Path
@@ -60,6 +59,12 @@ def test_table_is_made_from_the_committed_measurements():
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    results = {kind: json.loads((script.MEASURED / f"{kind}.json").read_text()) for kind in ("image", "video")}
+    results = script.measurements()
     assert script.filled(README, results) == README
     assert all(result["restored"] for result in results.values())
+    for kind, result in results.items():
+        plans = [row["name"] for row in result["rows"] if row["kind"] == "plan"]
+        assert all(f"bundled:{kind} | **{plan}**" in README for plan in plans)
+        assert {plan for row in result["rows"] for plan in row["control_of"]} == set(plans), (
+            "a plan without its control"
+        )
