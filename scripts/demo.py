@@ -59,7 +59,7 @@ def _compare(kind: str, count: int, out: Path) -> dict[str, object]:
     console.print(
         f"\n[bold]{name}[/]: {len(prompts)} prompts, original, plan {PLAN!r} and fewer steps at the same cost"
     )
-    result = compare(wrapped, [PLAN], prompts, progress=console.is_terminal)
+    result = compare(wrapped, [PLAN], prompts, turn=1, progress=console.is_terminal)
     console.print(result)
     out.mkdir(parents=True, exist_ok=True)
     side_by_side(result, PLAN, out / f"{kind}-side-by-side.png", items=range(min(2, count)))

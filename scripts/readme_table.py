@@ -42,8 +42,8 @@ def measurements() -> dict[str, dict[str, Any]]:
 def measure(kind: str, count: int) -> None:
     """Compare the presets on a bundled pipeline; write the result and, for images, the picture.
 
-    Rows change with every prompt, so that what is compared was timed within seconds. Do it on a machine that does nothing
-    else all the same: under the load of others a ratio comes out anywhere.
+    Rows change with every prompt, so that what is compared was timed within seconds. Even so use a machine that does
+    nothing else: under the load of others a ratio comes out anywhere.
     """
     from diffaccel.cli.console import out, quiet_libraries
 
