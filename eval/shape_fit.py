@@ -89,16 +89,17 @@ def fit_hidden(mask: np.ndarray, others: np.ndarray) -> Fit:
     window = (slice(top, bottom, stride), slice(left, right, stride))
     ax, ay = ax[:, window[1]], ay[window[0]]
     wanted, counted = mask[window], ~others[window]
-    best: list[Fit] = []
-    for shape in SHAPES:
-        guess = np.array([*middle, extent])
-        score = -1.0
-        for step in (0.14, 0.07, 0.035, 0.0175):
-            trials = guess + step * _NEIGHBOURS
-            trials = trials[trials[:, 2] > 0.1]
-            x, y, radius = (trials[:, i, None, None] for i in range(3))
-            ideal = (signed_distance(shape, ax - x, ay - y, radius) < 0) & counted
-            overlap = (ideal & wanted).sum((1, 2)) / np.maximum(1, (ideal | (wanted & counted)).sum((1, 2)))
-            guess, score = trials[overlap.argmax()], float(overlap.max())
-        best.append((shape, *map(float, guess), 0.0, score))
-    return max(best, key=lambda fit: fit[-1])
+
+    def improved(fit: Fit, step: float) -> Fit:
+        trials = np.array([*fit[1:3], fit[3]]) + step * _NEIGHBOURS
+        trials = trials[trials[:, 2] > 0.1]
+        x, y, radius = (trials[:, i, None, None] for i in range(3))
+        ideal = (signed_distance(fit[0], ax - x, ay - y, radius) < 0) & counted
+        overlap = (ideal & wanted).sum((1, 2)) / np.maximum(1, (ideal | (wanted & counted)).sum((1, 2)))
+        best = int(overlap.argmax())
+        return (fit[0], *map(float, trials[best]), 0.0, float(overlap[best]))
+
+    fits: list[Fit] = [(shape, float(middle[0]), float(middle[1]), float(extent), 0.0, 0.0) for shape in SHAPES]
+    for step, kept in ((0.14, 6), (0.07, 3), (0.035, 3), (0.0175, 3)):
+        fits = sorted((improved(fit, step) for fit in fits), key=lambda fit: -fit[-1])[:kept]
+    return fits[0]

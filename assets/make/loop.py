@@ -14,6 +14,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import transformers
 from torch import Tensor, nn
 
 from diffaccel.assets.make.muon import Muon
+from diffaccel.assets.make.plain_attention import PlainAttention
 
 Metrics = dict[str, float]
 
@@ -163,7 +165,8 @@ class Loop:
         torch.manual_seed(int(rng.integers(2**62)))
         for parameter in self.parameters:
             parameter.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        attention = PlainAttention() if self.bfloat16 else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16), attention:
             loss, metrics = training.loss(self.step, rng)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, rates.clip)
@@ -204,8 +207,8 @@ class Loop:
         state = torch.load(self.checkpoint, weights_only=True)
         if state["steps"] != self.training.steps:
             raise ValueError(
-                f"{self.checkpoint} belongs to a run of {state['steps']} steps, not {self.training.steps}: the schedule "
-                f"depends on the number; ask for {state['steps']} again, or delete {self.folder}"
+                f"{self.checkpoint} belongs to a run of {state['steps']} steps, not {self.training.steps}: the "
+                f"schedule depends on the number; ask for {state['steps']} again, or delete {self.folder}"
             )
         self.step, self.wall, self.processor = state["step"], state["wall"], state["processor"]
         for name, module in self.training.modules.items():

@@ -153,7 +153,7 @@ def denoiser(kind: str) -> Any:
             sample_size=32,
             in_channels=IMAGE_LATENTS,
             out_channels=IMAGE_LATENTS,
-            block_out_channels=(64, 128, 192),
+            block_out_channels=(64, 96, 160),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -222,6 +222,7 @@ def scheduler(kind: str) -> Any:
             prediction_type="v_prediction",
             rescale_betas_zero_snr=True,
             timestep_spacing="trailing",
+            steps_offset=1,  # unused by this spacing; the pipeline warns about 0
         )
     options = dict(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2)
     if kind == "image":

@@ -52,7 +52,7 @@ def _answers(scene: Scene, which: int) -> dict[str, str | None]:
 
 
 class TextTraining(Training):
-    """Of one encoder. T5 reads both ways and is asked at each object's noun, CLIP only forwards and is asked at the end.
+    """Of one encoder. T5 reads both ways and is asked at each noun, CLIP reads forwards and is asked at the end.
 
     Args:
         kind: image, video or unet.
