@@ -4,7 +4,7 @@ PYTHON ?= $(shell for v in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint format types bench readme install clean help
+.PHONY: demo test lint format types bench readme assets install clean help
 
 help:
 	@echo "make demo    images and a video with and without acceleration, into out/"
@@ -12,6 +12,7 @@ help:
 	@echo "make lint    ruff: rules and format          make format  apply them"
 	@echo "make types   mypy over everything that ships"
 	@echo "make bench   the benchmarks in bench/, one after the other"
+	@echo "make assets  train the bundled pipelines again; resumable, many hours: assets/make/README.md"
 	@echo "make readme  measure again what README shows, and put it there"
 
 demo: $(VENV)/.installed
@@ -37,6 +38,9 @@ bench: $(VENV)/.installed-dev
 
 readme: $(VENV)/.installed-dev
 	$(RUN) scripts/readme_table.py --measure
+
+assets: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN) assets/make/run.py --install
 
 install: $(VENV)/.installed-dev
 
