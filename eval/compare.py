@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
-from diffaccel.eval.generate import Job, generate, quiet
+from diffaccel.eval.generate import Job, generate
 from diffaccel.eval.meter import metered
 from diffaccel.eval.metrics.psnr import psnr
 from diffaccel.eval.metrics.ssim import ssim
@@ -29,6 +29,7 @@ from diffaccel.eval.result import Result
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store, digest
 from diffaccel.eval.summary import matching_steps, result_of
+from diffaccel.inspection.quiet import quiet
 from diffaccel.inspection.weights import module_bytes
 from diffaccel.plan import Plan
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +69,3 @@ def steps_of(pipe: Any, calls: Mapping[str, Any]) -> int | None:
     parameter = call_parameters(pipe).get("num_inference_steps")
     steps = calls.get("num_inference_steps", getattr(parameter, "default", None))
     return steps if isinstance(steps, int) else None
-
-
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar inside the block."""
-    had = pipe.__dict__.get("_progress_bar_config")
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(**{**(had or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if had is None:
-            pipe.__dict__.pop("_progress_bar_config", None)
-        else:
-            pipe._progress_bar_config = had

@@ -125,7 +125,12 @@ def _watch_module(module: nn.Module, loop: _Loop) -> Callable[[], None]:
             module.register_forward_pre_hook(lambda *_: loop.entered(), prepend=True),
             module.register_forward_hook(lambda *_: loop.left(), always_call=True),
         )
-        return lambda: [handle.remove() for handle in handles] and None  # type: ignore[func-returns-value]
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return remove
     compiled = module._compiled_call_impl  # hooks would be traced: stand around the compiled call instead
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -134,7 +139,7 @@ def _watch_module(module: nn.Module, loop: _Loop) -> Callable[[], None]:
         loop.left()
         return output
 
-    module._compiled_call_impl = noted  # type: ignore[assignment]
+    module._compiled_call_impl = noted
     return lambda: setattr(module, "_compiled_call_impl", compiled)
 
 

@@ -83,7 +83,7 @@ def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...]) -> Row:
     turns = store.records("row", row=variant.name)
     first = [r for r in items if r["repeat"] == 0]
     scored = variant.kind != "reference"
-    report = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
+    report: dict[str, Any] = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
     notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
     digests = {r["item"]: r["digest"] for r in first}
     if any(r["digest"] != digests[r["item"]] for r in items):

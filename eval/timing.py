@@ -67,7 +67,7 @@ def interleave(
         raise ValueError(f"need callables, repeats >= 1 and warmup >= 0, got {list(callables)}, {repeats}, {warmup}")
     seconds: dict[str, list[float]] = {name: [] for name in callables}
     for index in track(range(warmup + repeats), description="timing", disable=not progress, transient=True):
-        order = list(callables) if index % 2 == 0 else list(reversed(callables))
+        order = list(callables) if index % 2 == 0 else list(callables)[::-1]
         for name in order:
             took = seconds_of(callables[name])
             if index >= warmup:

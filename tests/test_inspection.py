@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO
 from zoo_pipelines import PIPELINES
 
+from diffaccel import Plan, Quantize
 from diffaccel.errors import InputError, ModelError
-from diffaccel.inspection import capture_inputs, draw, inspect_model, predict_memory
+from diffaccel.inspection import capture_inputs, draw, inspect_model, predict_memory, predict_pipeline_memory
 from diffaccel.inspection.weights import module_bytes
 
 SOME = ["flux", "wan", "unet_sd15", "pixart_sigma", "sd3", "cogvideox", "dit"]
@@ -176,3 +177,16 @@ def test_captured_inputs_are_those_of_the_first_call():
     assert captured["transformer"].keys() >= {"hidden_states", "encoder_hidden_states", "timestep"}
     assert predict_memory(pipe.transformer, captured["transformer"]).syncs == {}
     assert not pipe.transformer._forward_pre_hooks
+
+
+def test_memory_of_a_pipeline_at_the_sizes_of_a_call():
+    entry = PIPELINES["pixart_sigma"]
+    pipe = entry.build()
+    request = {k: v for k, v in entry.request.items() if k not in ("output_type", "height", "width")}
+    loaded = SimpleNamespace(pipe=pipe, defaults=request)
+    small, large = (predict_pipeline_memory(loaded, {"height": s, "width": s})["transformer"] for s in (32, 128))
+    assert small.weights_bytes == large.weights_bytes == module_bytes(pipe.transformer)
+    assert large.activation_bytes > 4 * small.activation_bytes
+    assert "_progress_bar_config" in pipe.__dict__
+    quantized = predict_pipeline_memory(loaded, {"height": 32, "width": 32}, Plan(quantization=[Quantize()]))
+    assert quantized["transformer"].weights_bytes < small.weights_bytes

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_size
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_plan, read_size
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
+from diffaccel.errors import InputError
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -18,6 +19,8 @@ diffaccel inspect
 diffaccel inspect -m bundled:video --picture video.png
 
 diffaccel inspect -m ./my-pipeline --size 512 --json > model.json
+
+diffaccel inspect -m bundled:video --memory --plan balanced
 """
 
 
@@ -28,6 +31,12 @@ def inspect(
     ] = True,
     size: Annotated[str | None, typer.Option(help="One side, or WIDTHxHEIGHT, of the call.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of the call's video.")] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also predict each denoiser's peak memory on a CUDA GPU; needs none.")
+    ] = False,
+    plan: Annotated[
+        str | None, typer.Option(help="With --memory: preset or saved plan's folder that the denoisers run under.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture of bars (.png, .pdf, .svg) here.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -35,8 +44,11 @@ def inspect(
 ) -> None:
     """Show blocks, sites with their roles and attention calls, and where parameters, operations and time go."""
     wh = read_size(size)
+    chosen = read_plan(plan) if plan is not None else None
+    if chosen is not None and not memory:
+        raise InputError("--plan without --memory: inspect shows the model as it is; add --memory")
     quiet_libraries()
-    from diffaccel.inspection import draw, inspect_model
+    from diffaccel.inspection import draw, inspect_model, predict_pipeline_memory
     from diffaccel.inspection.render import tree
     from diffaccel.pipelines import BUNDLED, load
 
@@ -47,9 +59,16 @@ def inspect(
         call["prompt"] = BUNDLED[model].example
     with err.status("measuring a call of two steps") if run else err.status("reading"):
         inspection = inspect_model(wrapped, call or None, run=run)
+    predicted = predict_pipeline_memory(wrapped, call, chosen) if memory else {}
     if as_json:
-        print_json(inspection.to_dict())
+        more = {"memory": {name: p.to_dict() for name, p in predicted.items()}} if memory else {}
+        print_json({**inspection.to_dict(), **more})
     else:
         out.print(tree(inspection))
+        for name, p in predicted.items():
+            syncs = ", ".join(f"{count} x {reason}" for reason, count in p.syncs.items()) or "none"
+            where = f"{name} on a CUDA GPU{f' under {plan}' if plan else ''}"
+            sizes = f"weights {p.weights_bytes / 2**20:.1f} MiB, peak {p.peak_bytes / 2**20:.1f} MiB"
+            out.print(f"{where}: {sizes}; host syncs in a call: {syncs}")
     if picture is not None:
         note(f"wrote {draw(inspection, picture)}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from diffaccel.denoiser import Denoiser, find_denoisers
 from diffaccel.errors import InputError
 from diffaccel.inspection.layouts import Layouts, learning_layouts
 from diffaccel.inspection.measure import Ledger
+from diffaccel.inspection.quiet import quiet
 from diffaccel.inspection.structure import AttentionCalls, Inspection, component_share, denoiser_info
 
 _STEPS = 2
@@ -41,7 +41,7 @@ def inspect_model(model: Any, call: Mapping[str, Any] | None = None, *, run: boo
     denoisers = find_denoisers(pipe)
     bare = isinstance(pipe, nn.Module)
     networks = _networks(pipe, denoisers)
-    arguments = dict(call or {}) if bare else _arguments(pipe, {**getattr(model, "defaults", {}), **(call or {})})
+    arguments = dict(call or {}) if bare else short_call(pipe, {**getattr(model, "defaults", {}), **(call or {})})
     notes: list[str] = []
     measured = None
     if run and bare and not arguments:
@@ -93,7 +93,7 @@ def _measure(
 
     def once() -> None:
         more = {} if bare or "generator" in arguments else {"generator": torch.Generator().manual_seed(0)}
-        with torch.no_grad(), _quiet(pipe):
+        with torch.no_grad(), quiet(pipe):
             pipe(**arguments, **more)
 
     layouts: Layouts = {}
@@ -124,8 +124,8 @@ def _networks(pipe: Any, denoisers: tuple[Denoiser, ...]) -> dict[str, nn.Module
     return {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
 
 
-def _arguments(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A short call: the given arguments, a prompt where one is taken and no embeddings are given, two steps."""
+def short_call(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a short call: those given, a prompt where one is taken and no embeddings are given, two steps."""
     known = inspect.signature(type(pipe).__call__).parameters
     arguments = dict(given)
     if "num_inference_steps" in known:
@@ -164,22 +164,3 @@ def _in_words(arguments: Mapping[str, Any]) -> str:
         return f"tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"{value!r:.60}"
 
     return ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
-
-
-@contextmanager
-def _quiet(pipe: Any) -> Any:
-    """Without the pipeline's own progress bar."""
-    if not hasattr(pipe, "set_progress_bar_config"):
-        yield
-        return
-    had = pipe.__dict__.get("_progress_bar_config")
-    pipe.set_progress_bar_config(**{**(had or {}), "disable": True})
-    try:
-        yield
-    finally:
-        restore: Callable[[], Any] = (
-            (lambda: pipe.__dict__.pop("_progress_bar_config", None))
-            if had is None
-            else (lambda: setattr(pipe, "_progress_bar_config", had))
-        )
-        restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Ledger:
     def __init__(
         self, denoisers: Sequence[Denoiser], components: Mapping[str, nn.Module], device: torch.device, timed: bool
     ) -> None:
-        self.seconds: Counter[Key] = Counter()
+        self.seconds: defaultdict[Key, float] = defaultdict(float)
         self.flops: Counter[Key] = Counter()
         self.attention: Counter[Seen] = Counter()
         self.calls: Counter[str] = Counter()

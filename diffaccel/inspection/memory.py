@@ -24,7 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import ModelError
+from diffaccel.inspection.inspect import short_call
+from diffaccel.inspection.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class MemoryPrediction:
     """Memory and host syncs of the calls of one denoiser.
 
     Attributes:
-        weights_bytes: parameters and buffers on the GPU, in the form the plan gives them.
+        weights_bytes: parameters, buffers and tables on the GPU, in the form the plan gives them.
         peak_bytes: most bytes alive at once during the calls: weights, inputs, outputs and everything between.
         syncs: reason -> how often the host had to wait for the GPU, over all calls.
         calls: number of calls.
@@ -106,14 +109,41 @@ def predict_memory(
         return MemoryPrediction(live.weights, live.peak, dict(live.syncs), steps, described)
 
 
+def predict_pipeline_memory(
+    model: Any, call: Mapping[str, Any] | None = None, plan: Any = None, *, dtype: torch.dtype | None = None
+) -> dict[str, MemoryPrediction]:
+    """`predict_memory` of each denoiser of a pipeline at the sizes of a call, which is run up to the denoising loop.
+
+    Args:
+        model: a diffusers pipeline, or what `diffaccel.pipelines.load` returns (its default arguments then apply).
+        call: further arguments of the call, such as ``height`` and ``width``.
+        plan: what `diffaccel.accelerate` takes.
+        dtype: of the denoiser's weights and inputs on the GPU; None keeps theirs.
+
+    Returns:
+        Component -> prediction.
+
+    Raises:
+        PlanError: the plan does not fit.
+        ModelError: no denoiser, or one that cannot run on fake tensors.
+    """
+    pipe = getattr(model, "pipe", model)
+    arguments = short_call(pipe, {**getattr(model, "defaults", {}), **(call or {})})
+    with quiet(pipe):
+        captured = capture_inputs(pipe, arguments)
+    return {
+        denoiser.component: predict_memory(denoiser.module, captured[denoiser.component], plan, dtype=dtype)
+        for denoiser in find_denoisers(pipe)
+        if denoiser.component in captured
+    }
+
+
 def capture_inputs(pipe: Any, call: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The arguments of each denoiser's first call in ``pipe(**call)``: component -> arguments by name.
 
     The denoising stops there, so this is quick at any number of steps; with several denoisers, when all were called or
     the call is at its end.
     """
-    from diffaccel.denoiser import find_denoisers
-
     denoisers = find_denoisers(pipe)
     captured: dict[str, dict[str, Any]] = {}
     with ExitStack() as undo:

@@ -40,8 +40,8 @@ def tree(inspection: Inspection) -> Tree:
 def _add_denoiser(root: Tree, denoiser: DenoiserInfo) -> None:
     calls = f", {denoiser.calls} calls" if denoiser.calls else ""
     branch = root.add(Text(f"{denoiser.component}: {denoiser.class_name}{calls}", style="bold"))
-    for kind, names in denoiser.blocks.items():
-        branch.add(f"{len(names)} x {kind}: {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}")
+    for block, names in denoiser.blocks.items():
+        branch.add(f"{len(names)} x {block}: {names[0]}{' ... ' + names[-1] if len(names) > 1 else ''}")
     branch.add("roles").add(_shares(denoiser.roles))
     if denoiser.attention:
         attention = branch.add("attention calls, in each denoiser call")
