@@ -6,6 +6,7 @@ matplotlib is imported when a figure is drawn, and drawn to without a display; i
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,10 @@ def contact_sheet(result: Result, out: str | os.PathLike[str], *, limit: int = 8
         for item, axis in enumerate(line):
             prompt, seed = _item(result, item)
             _show(
-                axis, _middle(store.load(row.name, item)), f"{prompt}, seed {seed}" if row is result.rows[0] else "", 5
+                axis,
+                _middle(store.load(row.name, item)),
+                textwrap.fill(f"{prompt}, seed {seed}", 36) if row is result.rows[0] else "",
+                5,
             )
         line[0].set_ylabel(f"{row.name}\n{row.speedup.value:.2f}x", fontsize=7)
     return _write(figure, out)
