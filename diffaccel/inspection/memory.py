@@ -29,6 +29,8 @@ from diffaccel.errors import ModelError
 from diffaccel.inspection.inspect import short_call
 from diffaccel.inspection.quiet import quiet
 
+_SCHEDULE = 50
+
 
 @dataclass(frozen=True)
 class MemoryPrediction:
@@ -75,7 +77,8 @@ def predict_memory(
             tensors, or a function that builds one, such as ``lambda: FluxTransformer2DModel()``.
         inputs: arguments of the forward, or a function that makes them; moved to the fake GPU.
         plan: what `diffaccel.accelerate` takes; None for the plain denoiser.
-        steps: number of calls, each a step of the schedule; caches need several to come to rest.
+        steps: number of calls, successive steps from the middle of a schedule of 50, where a plan is at work; a cache
+            can skip the third at the earliest.
         dtype: of floating weights and inputs; None keeps theirs.
 
     Raises:
@@ -95,7 +98,7 @@ def predict_memory(
             from diffaccel.attach import accelerate
 
             accelerated = stack.enter_context(accelerate(module, plan))
-            accelerated.clock.start(steps)
+            accelerated.clock.start(max(_SCHEDULE, 2 * steps), begin=max(_SCHEDULE, 2 * steps) // 2)
         live.start([*module.parameters(), *module.buffers(), *_plain_attributes(module)], arguments)
         stack.enter_context(_FusedAttention())
         try:
