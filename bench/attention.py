@@ -1,7 +1,7 @@
 """Block-sparse attention against dense attention: milliseconds per call, dense and sparse measured in turn.
 
-    python bench/attention.py
-    python bench/attention.py --tokens 4096 --pattern random --block-size 128 --paths blocks flex
+python bench/attention.py
+python bench/attention.py --tokens 4096 --pattern random --block-size 128 --paths blocks flex
 """
 
 import argparse

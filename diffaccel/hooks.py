@@ -36,9 +36,9 @@ def install(module: nn.Module, hook: ModelHook, name: str) -> Callable[[], None]
         if kept is not None and above is not None:  # remove_hook linked past the hook above
             above.original_forward, above.forward = above.forward, kept
         if wrapper is not None:  # accelerate wrapped our forward: keep its wrapper, give it what was below us
-            module.forward = wrapper
+            module.__dict__["forward"] = wrapper
             if getattr(module, "_old_forward", None) is ours:
-                module._old_forward = before
+                module.__dict__["_old_forward"] = before
         elif getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
             del module.forward  # the class's own, which remove_hook left on the instance
         if not registry.hooks and hasattr(registry, "_created_by_diffaccel"):

@@ -156,7 +156,8 @@ class Plan:
 
     def without(self, technique: str) -> Plan:
         """The same plan with the field of one technique empty."""
-        return dataclasses.replace(self, **{technique: None if technique == "caching" else ()})
+        nothing: dict[str, Any] = {technique: None if technique == "caching" else ()}
+        return dataclasses.replace(self, **nothing)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, without the artefacts' contents."""

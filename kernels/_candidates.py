@@ -193,8 +193,10 @@ def _decide(
     if asked is not None and asked in names:
         return Choice(*where, asked, source="override")
     if asked is not None:
-        warn_once(f"DIFFACCEL_KERNELS asks for {operator}={asked}, which does not exist here ({', '.join(names)} do);",
-                  "the fastest of those is used.")
+        warn_once(
+            f"DIFFACCEL_KERNELS asks for {operator}={asked}, which does not exist here ({', '.join(names)} do);",
+            "the fastest of those is used.",
+        )
     if not may_measure(device):
         return Choice(*where, default, source="default")
     cache_key = "|".join([*where, ",".join(names), torch.__version__])
@@ -225,8 +227,10 @@ def _measure(
             warn_once(f"{operator}: candidate {name} failed on {device_name(device)} and is not used: {reason}")
             continue
         if error[name] > trial.tolerance[name]:
-            warn_once(f"{operator}: candidate {name} is wrong on {device_name(device)} and is not used",
-                      f"(relative error {error[name]:.2g}, allowed {trial.tolerance[name]:.2g}).")
+            warn_once(
+                f"{operator}: candidate {name} is wrong on {device_name(device)} and is not used",
+                f"(relative error {error[name]:.2g}, allowed {trial.tolerance[name]:.2g}).",
+            )
     runs = {name: trial.runs[name] for name in names if error[name] <= trial.tolerance[name]}
     if not runs:
         raise RuntimeError(f"{operator}: no candidate is correct on {device_name(device)}: {error}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +32,27 @@ def _template(
 ) -> Tensor:
     masked = attn_mask is not None and attn_mask.dtype == torch.bool
     cpu = q.device.type == "cpu"
-    if masked:
-        attends = lambda b, h, i, j: attn_mask[b, h, i, j]  # noqa: E731
-    else:
-        attends = lambda b, h, i, j: i >= 0  # noqa: E731
-    adds = None
-    if attn_mask is not None and not masked:
-        adds = lambda score, b, h, i, j: score + attn_mask[b, h, i, j]  # noqa: E731
-    lists = (num, indices) if masked or cpu else (torch.zeros_like(num), torch.zeros_like(indices), num, indices)
+    attends: Callable[..., Tensor] = lambda b, h, i, j: i >= 0  # noqa: E731
+    adds: Callable[..., Tensor] | None = None
+    if attn_mask is not None:
+        mask = attn_mask
+        if masked:
+            attends = lambda b, h, i, j: mask[b, h, i, j]  # noqa: E731
+        else:
+            adds = lambda score, b, h, i, j: score + mask[b, h, i, j]  # noqa: E731
+    # CUDA skips the mask in blocks listed as full; the CPU template takes partial blocks only.
+    full = not masked and not cpu
     blocks = BlockMask.from_kv_blocks(
-        *lists, BLOCK_SIZE=block_size, mask_mod=attends, seq_lengths=(q.shape[2], k.shape[2]), compute_q_blocks=False
+        kv_num_blocks=torch.zeros_like(num) if full else num,
+        kv_indices=torch.zeros_like(indices) if full else indices,
+        full_kv_num_blocks=num if full else None,
+        full_kv_indices=indices if full else None,
+        BLOCK_SIZE=block_size,
+        mask_mod=attends,
+        seq_lengths=(q.shape[2], k.shape[2]),
+        compute_q_blocks=False,
     )
-    options = {}
+    options: Any = {}
     if cpu and attn_mask is None:
         # The CPU template would otherwise apply the trivial mask to every block. On CUDA full blocks skip it.
         options = {"SKIP_MASK_SCORE": True}
@@ -60,7 +71,7 @@ def flex(
         # Dynamo counts recompiles by code object: each class gets its own. With fullgraph, going past the limit raises
         # instead of running eagerly with N x M scores.
         code = _template.__code__.replace(co_name=f"flex_{len(COMPILED)}")
-        COMPILED[key] = torch.compile(type(_template)(code, globals()), dynamic=True, fullgraph=True)
+        COMPILED[key] = torch.compile(FunctionType(code, globals()), dynamic=True, fullgraph=True)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -270,8 +270,9 @@ def _gathered_rows(
         for i in range(0, len(head), chunk):
             b, h, r, j = (x[i : i + chunk] for x in (batch, head, block, source))
             keys, values = (
-                torch.index_select(x, 0, j.flatten(), out=None if y is None else y[: j.numel()])
-                .view(len(b), 1, count * bs, -1)[:, :, :length]
+                torch.index_select(x, 0, j.flatten(), out=None if y is None else y[: j.numel()]).view(
+                    len(b), 1, count * bs, -1
+                )[:, :, :length]
                 for x, y in zip((k, v), buffers, strict=True)
             )
             mask = None
@@ -334,5 +335,3 @@ def _check(
         raise ValueError(f"the pattern must be [{H} or 1, {need[0]}, {need[1]}] for blocks of {bs} tokens, got {got}")
     if path is not None and path not in PATHS:
         raise ValueError(f"unknown path {path!r}; there are {', '.join(PATHS)}")
-
-

@@ -12,7 +12,7 @@ Off the CPU this is `torch._int_mm` (CUDA) or a dense product with dequantised w
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -234,8 +234,12 @@ def _trial(M: int, K: int, N: int, like: Tensor, names: list[str], bits: int) ->
     check = torch.arange(0, M, max(1, M // 64), device=like.device)  # the reference in float64 is slow
     reference = int8_linear_ref(x[check].float(), qweight, scale, None, bits)
     weight = weight.to(like.dtype)
+
+    def run(path: str) -> Tensor:
+        return _RUN[path](x, packed[path], scale, None, bits).to(x.dtype)
+
     return Trial(
-        runs={path: lambda path=path: _RUN[path](x, packed[path], scale, None, bits).to(x.dtype) for path in names},
+        runs={path: partial(run, path) for path in names},
         error=lambda y: worst_row_error(y[check], reference),
         # Same integers, so only the rounding of the result differs; dense does not quantise activations.
         tolerance={path: 0.1 if path == "dense" else max(1e-5, torch.finfo(x.dtype).eps) for path in names},

@@ -246,9 +246,7 @@ _ENTRIES = [
         lambda: _t5("ChromaPipeline", "chroma", parts.vae(), _flow(use_beta_sigmas=False)),
         dict(**_IMAGE, **_LATENT, max_sequence_length=16),
     ),
-    PipelineSpecimen(
-        "dit", _dit, dict(output_type="np"), lambda batch: {"class_labels": list(range(3, 3 + batch))}
-    ),
+    PipelineSpecimen("dit", _dit, dict(output_type="np"), lambda batch: {"class_labels": list(range(3, 3 + batch))}),
     PipelineSpecimen(
         "qwen_image",
         lambda: _textless(
