@@ -9,9 +9,10 @@ import open_clip
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from diffaccel.assets.make import assemble, models, run
-from diffaccel.assets.make.denoise import TRAININGS
+from diffaccel.assets.make.denoise import TRAININGS, _rotary
 from diffaccel.assets.make.evaluator import EvaluatorTraining, build, save
 from diffaccel.assets.make.latents import Latents, encode_shards
 from diffaccel.assets.make.loop import Loop
@@ -19,7 +20,7 @@ from diffaccel.assets.make.measure import frechet, wilson
 from diffaccel.assets.make.muon import orthogonalise
 from diffaccel.assets.make.plain_attention import PlainAttention
 from diffaccel.assets.make.recipes import FULL, Phase, VaePhases
-from diffaccel.assets.make.text import TextTraining
+from diffaccel.assets.make.text import TextTraining, encode
 from diffaccel.assets.make.vae import VaeTraining
 from diffaccel.assets.make.wan_clip import decode_clip, encode_clip, whole_clip
 
@@ -130,6 +131,33 @@ def test_whole_clip_is_the_librarys_chunked_forward():
     assert not any("forward" in vars(module) for module in models.video_vae().modules())  # others are as they were
 
 
+@pytest.mark.parametrize("pads", [32, 512])
+def test_wan_trains_on_what_its_pipeline_computes(pads, work):
+    """One weighted pad is as many zero pads; scaled positions at scale 1 are the library's."""
+
+    class Always(np.random.Generator):
+        def choice(self, *_):
+            return pads
+
+    training = _denoiser(work, "video")
+    denoiser = training.denoiser.eval()
+    torch.nn.init.normal_(denoiser.proj_out.weight)  # silent at first
+    noisy, time = torch.randn(2, models.VIDEO_LATENTS, 3, 8, 8), torch.tensor([300.0, 700.0])
+    captions = ["a red circle moving left", "a large pink star rotating on a white background"]
+    with torch.no_grad():
+        words, mask = encode("video", training.modules["encoder"], training.tokenizer, captions)
+        ours = training.predict(noisy, time, words, mask, Always(np.random.PCG64(0)))
+        for block in denoiser.blocks:
+            block.attn2.set_processor(WanAttnProcessor())
+        padded = torch.zeros(2, pads, words.shape[-1])
+        padded[:, : words.shape[1]] = words * mask[..., None]
+        theirs = denoiser(noisy, timestep=time, encoder_hidden_states=padded, return_dict=False)[0]
+    assert torch.allclose(ours, theirs, atol=1e-4), (ours - theirs).abs().max()
+    library = denoiser.rope(noisy)
+    for table, expected in zip(_rotary(denoiser.rope, [1.0, 1.0])(noisy), library, strict=True):
+        assert torch.allclose(table, expected.float(), atol=1e-6)
+
+
 def test_assembled_pipelines_load_by_plain_from_pretrained(work, tmp_path):
     """After the denoiser tests: each pipeline of the trained parts is called as a user would, for one step."""
     for kind in models.KINDS:
@@ -180,11 +208,13 @@ def test_stages_know_their_order_and_what_is_done(tmp_path, capsys):
     assert names[-2:] == ["assemble", "measure"] and names.index("text-unet") < names.index("denoiser-unet")
     (tmp_path / "vae-image").mkdir()
     (tmp_path / "vae-image" / "done.json").write_text("{}")
-    assert run.run_all(tmp_path, FULL, only="vae-image")
-    assert not run.run_all(tmp_path, FULL, only="vae-video", minutes=0)
+    assert run.run_all(tmp_path, FULL, only=["vae-image"])
+    assert not run.run_all(tmp_path, FULL, only=["vae-video"], minutes=0)
     assert capsys.readouterr().out.splitlines()[0] == "vae-image: done"
     with pytest.raises(SystemExit, match="no stage begins with 'vea'"):
-        run.run_all(tmp_path, FULL, only="vea")
+        run.run_all(tmp_path, FULL, only=["vea"])
+    with run._alone(tmp_path / "vae-video"), pytest.raises(SystemExit, match="another process works on vae-video"):
+        run.run_all(tmp_path, FULL, only=["vae-video"])
 
 
 def test_captions_and_pads_fit_the_trained_lengths():

@@ -32,7 +32,7 @@ from diffaccel.eval.metrics.psnr import psnr
 from diffaccel.eval.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, caption, parse
 
 BATCH = 4
-PAIRED = 96  # prompts of the rows that generate anew beside the default
+PAIRED = 64  # prompts of the rows that generate anew beside the default
 NOISE = 0.1  # standard deviation of the noise row, of values in [0, 1]
 GENERATED = ("twice", "half", "w4")
 CORE = ("color", "shape", "place", "relation", "motion")
@@ -64,7 +64,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     z, share = 1.96, right / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return float(middle - half), float(middle + half)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

@@ -67,11 +67,11 @@ FULL = Recipe(
     latents={("image", 128): 12000, ("image", 256): 10000, ("video", 48): 8000, ("video", 96): 6000},
     denoisers={
         "image": (Phase(3000, 128, 32, shift=1.5), Phase(7000, 256, 16, shift=2.5, height=0.7, falls=True)),
-        "video": (Phase(5000, 48, 24, shift=2.0), Phase(5000, 96, 8, shift=4.0, height=0.7, falls=True)),
-        "unet": (Phase(2000, 128, 32), Phase(5000, 256, 16, height=0.7, falls=True)),
+        "video": (Phase(6000, 48, 16, shift=2.0), Phase(2500, 96, 8, shift=4.0, height=0.7, falls=True)),
+        "unet": (Phase(2000, 128, 32), Phase(4000, 256, 12, height=0.7, falls=True)),
     },
-    evaluator_steps=2500,
-    evaluator_batch=96,
+    evaluator_steps=1500,
+    evaluator_batch=64,
     measure_prompts=(256, 128),
 )
 SMOKE = Recipe(

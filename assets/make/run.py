@@ -7,9 +7,11 @@ stages, how long each takes, and the next command.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -114,29 +116,60 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 
 
 def run_all(
-    work: Path, recipe: Recipe, *, only: str = "", minutes: float = float("inf"), bfloat16: bool | None = None
+    work: Path,
+    recipe: Recipe,
+    *,
+    only: Sequence[str] = (),
+    minutes: float = float("inf"),
+    bfloat16: bool | None = None,
 ) -> bool:
-    """Runs the stages that are not done, those whose names begin with ``only``; True if none of them is left."""
+    """Runs the stages that are not done, of those whose names begin with one of ``only``, if any is given.
+
+    Returns:
+        True if none of them is left.
+
+    Raises:
+        SystemExit: no stage has such a name, or another process is at one of them.
+    """
     end = time.monotonic() + 60 * minutes
     bfloat16 = native_bfloat16() if bfloat16 is None else bfloat16
-    chosen = [stage for stage in stages(work, recipe, bfloat16) if stage.name.startswith(only)]
-    if not chosen:
-        raise SystemExit(
-            f"no stage begins with {only!r}; there are {', '.join(s.name for s in stages(work, recipe, True))}"
-        )
-    for stage in chosen:
+    everything = stages(work, recipe, bfloat16)
+    for prefix in only:
+        if not any(stage.name.startswith(prefix) for stage in everything):
+            names = ", ".join(stage.name for stage in everything)
+            raise SystemExit(f"no stage begins with {prefix!r}; there are {names}")
+    for stage in everything:
+        if only and not stage.name.startswith(tuple(only)):
+            continue
         if (work / stage.name / "done.json").exists():
             print(f"{stage.name}: done")
             continue
-        if time.monotonic() > end or not stage.run(end - time.monotonic()):
+        if time.monotonic() > end:
+            print(f"{stage.name}: not begun, no time left")
+            return False
+        with _alone(work / stage.name):
+            finished = stage.run(end - time.monotonic())
+        if not finished:
             print(f"{stage.name}: not finished, the same command goes on with it")
             return False
     return True
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of ``folder``; the system lets go of the lock when this one ends or is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another process works on {folder.name}; choose other stages with --stage") from None
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", default="", help="only stages whose name begins with this")
+    parser.add_argument("--stage", nargs="*", default=(), help="only stages whose names begin with one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps and samples of the recipe")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more were not faster on small shapes")
