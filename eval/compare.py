@@ -28,7 +28,7 @@ from diffaccel.eval.metrics.ssim import ssim
 from diffaccel.eval.result import Result
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store, digest
-from diffaccel.eval.summary import matching_steps, result_of
+from diffaccel.eval.summary import matching_steps, result_of, speedup_of
 from diffaccel.inspection.quiet import quiet
 from diffaccel.inspection.weights import module_bytes
 from diffaccel.plan import Plan
@@ -105,20 +105,20 @@ def compare(
     if noise_floor:
         variants.append(Variant("noise floor", "noise floor", _other_threads, steps))
     with _bar(progress) as bar, quiet(pipe):
-        runner = _Runner(pipe, calls, store, repeats, bar)
+        runner = _Runner(pipe, calls, store, bar, total=len(variants) * len(jobs) * repeats)
         automatic = FEWER_STEPS in controls and steps is not None
         turns = [jobs[i : i + turn] for i in range(0, len(jobs), turn)]
+        rounds = range(repeats)
         for index, these in enumerate(turns):
-            runner.take_turn(variants, these, len(jobs))
+            runner.take_turn(variants, these, rounds)
             if automatic and index == 0:
-                variants += _matching(store, variants, plans, steps)
-                runner.take_turn(variants, these, len(jobs))
-        while automatic and (late := _matching(store, variants, plans, steps)):
-            variants += late
+                late = _matching(store, variants, plans, "after the first turn")
+                runner.take_turn([variants[0], *late], these, [repeats])
+                variants += late
+        if automatic and (late := _matching(store, variants, plans, "at the end")):
             for these in turns:
-                runner.take_turn(variants, these, len(jobs))
-            names = ", ".join(v.name for v in late)
-            store.append(kind="note", text=f"{names}: found nearest only in the end, so timed after the other rows")
+                runner.take_turn([variants[0], *late], these, [repeats + 1])
+            variants += late
         restored = runner.is_restored(jobs[0])
     if not restored:
         warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
@@ -128,26 +128,32 @@ def compare(
 class _Runner:
     """Runs rows on jobs, leaving out what the store already holds."""
 
-    def __init__(self, pipe: Any, calls: Mapping[str, Any], store: Store, repeats: int, bar: Progress) -> None:
-        self._pipe, self._calls, self._store, self._repeats = pipe, calls, store, repeats
+    def __init__(self, pipe: Any, calls: Mapping[str, Any], store: Store, bar: Progress, total: int) -> None:
+        self._pipe, self._calls, self._store = pipe, calls, store
         self._bar = bar
-        self._task = bar.add_task("comparing", total=None)
+        self._task = bar.add_task("comparing", total=total)
         self._turns = 0
 
-    def take_turn(self, variants: Sequence[Variant], jobs: Sequence[Job], total_jobs: int) -> None:
-        """Every row on these jobs; the reference first, since the others are scored against it."""
-        self._bar.update(self._task, total=len(variants) * total_jobs * self._repeats)
-        for repeat in range(self._repeats):
+    def take_turn(self, variants: Sequence[Variant], jobs: Sequence[Job], rounds: Iterable[int]) -> None:
+        """Every row on these jobs; the reference first, since the others are scored against it and timed beside it.
+
+        What is timed in the same round is compared: a row that joins late brings the reference with it.
+        """
+        if len(variants) < 2 and self._turns:
+            return
+        for number in rounds:
             others = list(variants[1:])
             if self._turns % 2:
                 others.reverse()
             self._turns += 1
             for variant in (variants[0], *others):
-                self._run(variant, jobs, repeat)
+                self._run(variant, jobs, number)
 
     def _run(self, variant: Variant, jobs: Sequence[Job], repeat: int) -> None:
         pending = [j for j in jobs if not self._store.records("item", row=variant.name, item=j.index, repeat=repeat)]
-        self._bar.update(self._task, completed=len(self._store.records("item")), description=variant.name)
+        done = len(self._store.records("item"))
+        total = max(done + len(pending), self._bar.tasks[0].total or 0)
+        self._bar.update(self._task, completed=done, total=total, description=variant.name)
         if not pending:
             return
         calls = dict(self._calls)
@@ -176,7 +182,7 @@ class _Runner:
             # JSON has no infinity: an identical sample has no dB.
             scores = {"identical": identical, "psnr": None if identical else psnr([sample], [reference]).item()}
             scores["ssim"] = ssim([sample], [reference]).item()
-        if repeat == 0:
+        if not self._store.records("item", row=variant.name, item=job.index):
             self._store.save(variant.name, job.index, sample)
         key = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
         self._store.append(kind="item", **key, **scores, **cost.__dict__)
@@ -188,11 +194,21 @@ class _Runner:
         return np.array_equal(generate(self._pipe, job, self._calls), self._store.load(REFERENCE, job.index))
 
 
-def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], steps: int | None) -> list[Variant]:
-    """Controls that are nearest in cost to a plan and not among the rows yet."""
-    have = {v.steps for v in variants if v.kind in ("control", "reference")}
-    wanted = {matching_steps(store, variants, plan) for plan in plans} - have
-    return [_fewer(n) for n in sorted(wanted)]
+def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], when: str) -> list[Variant]:
+    """Controls of nearest cost for the plans that have no row yet whose cost is theirs within what timing can tell.
+
+    The choice is kept, so that a resumed run makes the same one.
+    """
+    chosen = store.records("controls", when=when)
+    if not chosen:
+        have = [v for v in variants if v.kind in ("control", "reference")]
+        costs = [speedup_of(store, v.name).value for v in have]
+        ratios = {plan: speedup_of(store, plan) for plan in plans}
+        unmatched = [plan for plan, r in ratios.items() if not any(r.low <= cost <= r.high for cost in costs)]
+        wanted = {matching_steps(store, variants, plan) for plan in unmatched} - {v.steps for v in have}
+        store.append(kind="controls", when=when, steps=sorted(wanted))
+        chosen = store.records("controls", when=when)
+    return [_fewer(n) for n in chosen[0]["steps"]]
 
 
 def _fewer(steps: int) -> Variant:

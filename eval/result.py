@@ -33,7 +33,8 @@ class Row:
         control_of: for a control, the plans whose cost it meets most nearly.
         loop_seconds: median over the items of the seconds in the denoising loop.
         call_seconds: likewise of the whole call.
-        speedup: of the denoising loop against the reference, paired by prompt, with a 95 % interval.
+        speedup: of the denoising loop against the reference timed in the same turns, with a 95 % interval. Ratios, not
+            seconds, are comparable between rows: a control that joined late has the reference run beside it again.
         psnr, ssim: fidelity to the reference; None for the reference itself. Identical samples count as `PSNR_CAP` dB.
         identical: samples equal to the reference to the bit.
         peak_bytes: largest over the calls. On the CPU the resident set of the whole process, earlier rows' leftovers

@@ -58,8 +58,11 @@ def result_of(
 ) -> Result:
     """The rows, the plans in ``matched`` each with its control of fewer steps."""
     control_of: dict[int, list[str]] = {}
+    costs = {
+        v.steps: speedup_of(store, v.name).value for v in variants if v.kind in ("reference", "control") and v.steps
+    }
     for plan in matched:
-        control_of.setdefault(matching_steps(store, variants, plan), []).append(plan)
+        control_of.setdefault(nearest(speedup_of(store, plan).value, costs), []).append(plan)
     rows = []
     for variant in variants:
         plans = control_of.get(variant.steps or -1, []) if variant.kind == "control" else []
@@ -81,7 +84,7 @@ def _loops(store: Store, name: str) -> dict[tuple[int, int], float]:
 def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...]) -> Row:
     items = store.records("item", row=variant.name)
     turns = store.records("row", row=variant.name)
-    first = [r for r in items if r["repeat"] == 0]
+    first = list({r["item"]: r for r in reversed(items)}.values())
     scored = variant.kind != "reference"
     report: dict[str, Any] = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
     notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
