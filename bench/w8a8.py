@@ -68,11 +68,11 @@ def weight_bytes(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def plan(sites=None):
-    """Quantize's default sites, which leave cross-attention's keys and values alone, or others."""
+def plan():
+    """Quantize's defaults."""
     from diffaccel import Plan, Quantize
 
-    return Plan(quantization=[Quantize(sites=sites) if sites else Quantize()])
+    return Plan(quantization=[Quantize()])
 
 
 def speed(args):
@@ -115,12 +115,7 @@ def speed(args):
     }
 
 
-def bake_all(args):
-    """`bake` with every linear of the blocks quantized."""
-    return bake(args, "attn.* cross.* ff.*")
-
-
-def bake(args, sites=None):
+def bake(args):
     """Bytes and memory of the whole denoiser after bake(), and of one loaded from its save."""
     import diffaccel
 
@@ -128,7 +123,7 @@ def bake(args, sites=None):
     start = anonymous()
     model = build(args.memory_blocks)
     full, full_memory = weight_bytes(model), anonymous()
-    accel = diffaccel.accelerate(model, plan(sites))
+    accel = diffaccel.accelerate(model, plan())
     attached = anonymous()
     accel.bake()
     memory = anonymous()
@@ -178,8 +173,7 @@ def disk(args):
 ROWS = {
     "speed": (speed, {}, {"speedup": (">=", 1.3), "weights_ratio": ("<=", 0.26)}),
     "speed AVX2": (speed, AVX2, {"speedup": (">=", 1.3)}),
-    "bake": (bake, {}, {}),
-    "bake all": (bake_all, {}, {"bytes_ratio": ("<=", 0.30), "memory_ratio": ("<=", 0.30)}),
+    "bake": (bake, {}, {"bytes_ratio": ("<=", 0.30), "memory_ratio": ("<=", 0.30)}),
     "disk": (disk, {}, {"memory_ratio": ("<=", 0.5)}),
 }
 
