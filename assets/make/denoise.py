@@ -196,7 +196,7 @@ class WanTraining(DenoiserTraining):
         super().__init__(*args, **options)
         self.padding = _PaddedAttention()
         for block in models.blocks(self.denoiser):
-            block.attn2.set_processor(self.padding)  # type: ignore[union-attr, operator]
+            block.attn2.set_processor(self.padding)
 
     def loss(self, step: int, rng: np.random.Generator) -> tuple[Tensor, Metrics]:
         size = self.phases[self.phase(step)[0]].size

@@ -30,7 +30,7 @@ def choose() -> dict[str, list[Any]]:
     """The combinations that are held out, drawn by ``SEED``."""
     rng = np.random.default_rng(SEED)
     looks = list(product(COLORS, SHAPES))
-    everything = {
+    everything: dict[str, list[Any]] = {
         "placed": list(product(SIZES, COLORS, SHAPES, PLACES)),
         "pairs": [pair for pair in combinations(looks, 2) if pair[0][0] != pair[1][0]],
         "moving": [(c, s, m) for c, s in looks for m in MOTIONS if m != "rotating" or SYMMETRY[s]],

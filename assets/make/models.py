@@ -193,9 +193,9 @@ def denoiser(kind: str) -> Any:
     return model
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The repeated blocks of a transformer denoiser."""
-    return getattr(model, "transformer_blocks", None) or model.blocks  # type: ignore[return-value]
+def blocks(model: Any) -> Any:
+    """The repeated blocks, a ``ModuleList``, of a transformer denoiser."""
+    return getattr(model, "transformer_blocks", None) or model.blocks
 
 
 def _open_gates(model: Any) -> None:

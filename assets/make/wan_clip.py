@@ -36,7 +36,7 @@ def whole_clip(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     """Lets this instance's resampling layers take whole clips; its chunked ``encode`` and ``decode`` work as before."""
     for module in vae.modules():
         if isinstance(module, WanResample):
-            module.forward = MethodType(_resample, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_resample, module)
     return vae
 
 

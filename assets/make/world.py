@@ -121,14 +121,14 @@ def place(scene: Scene, rng: np.random.Generator, frames: int = FRAMES) -> list[
 
 def _overlapping(scene: Scene, radii: Sequence[float], rng: np.random.Generator) -> list[np.ndarray]:
     """Centres of the front and the back object: the front one hides a part that shows, and never most of the back."""
-    grids = _grid(64)
+    x, y = _grid(64)
     while True:
         angle = rng.uniform(0, 2 * np.pi)
         apart = np.array([np.cos(angle), np.sin(angle)]) * rng.uniform(0.35, 0.8) * sum(radii)
         middle = rng.uniform(-0.06, 0.06, 2)
         centres = [middle + apart / 2, middle - apart / 2]
         front, back = (
-            signed_distance(thing.shape, *(grid - c for grid, c in zip(grids, centre, strict=True)), radius) < 0
+            signed_distance(thing.shape, x - centre[0], y - centre[1], radius) < 0
             for thing, centre, radius in zip(scene.things, centres, radii, strict=True)
         )
         hidden = (front & back).mean()
