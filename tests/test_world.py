@@ -99,6 +99,14 @@ def test_a_front_object_hides_a_part_of_the_other():
     assert apart < back.radius[0] + front.radius[0]
 
 
+@pytest.mark.parametrize("front", SHAPES)
+@pytest.mark.parametrize("back", SHAPES)
+def test_every_two_shapes_can_overlap(front, back):
+    for seed in range(4):
+        scene = Scene((Thing(front, "red", "small"), Thing(back, "blue", "large")), "in front of", "plain", "white")
+        assert len(world.place(scene, np.random.default_rng(seed))) == 2
+
+
 def test_captions_in_words():
     pair = Scene(
         (Thing("ring", "red", "small", "left"), Thing("star", "blue", None, "right")), "left of", "checked", "gray"
