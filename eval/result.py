@@ -42,7 +42,8 @@ class Row:
         model_bytes: of the denoisers' weights as they are while this row runs.
         attach_seconds: median seconds to put the acceleration on.
         notes: what a reader must know, such as fallbacks.
-        report: the acceleration's own report, ``{}`` where it makes none.
+        report: the acceleration's own report of its last turn, whose counts include the warm-up; ``{}`` where it makes
+            none.
     """
 
     name: str

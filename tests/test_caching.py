@@ -458,8 +458,11 @@ def test_short_schedules_are_left_alone_and_named():
     with accelerate(model, Plan(caching=StepCache(threshold=100))) as accel:
         run_by_hand(accel, model, walk(8))
         (technique,) = accel.report().techniques
+        run_by_hand(accel, model, walk(9))
+        (later,) = accel.report().techniques
     assert technique.facts["reused"] == 0
     assert technique.notes == ["a schedule of 8 steps was left alone (min_steps is 9)"]
+    assert later.facts["reused"] > 0 and later.notes == []  # of the last run
 
 
 def test_the_second_branch_follows_the_first():

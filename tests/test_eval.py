@@ -10,6 +10,7 @@ import pytest
 import torch
 from zoo_pipelines import PIPELINES
 
+from diffaccel import Plan, StepCache
 from diffaccel.errors import InputError, ModelError, PlanError
 from diffaccel.eval.compare import compare
 from diffaccel.eval.figures import draw, side_by_side
@@ -188,6 +189,16 @@ def test_rows_of_a_comparison(result):
     weights = sum(p.nbytes for p in PIPELINES["pixart_sigma"].build().transformer.parameters())
     assert {row.model_bytes for row in result.rows} >= {weights} or half.model_bytes > weights  # buffers count too
     assert all(row.loop_seconds < row.call_seconds for row in result.rows)
+
+
+def test_a_short_warm_up_leaves_no_note(pixart):
+    cache = StepCache(threshold=100, min_steps=3)
+    result = compare(
+        pixart, {"cache": Plan(caching=cache)}, ["a red circle"], (0,), _calls(), controls=(), progress=False
+    )
+    row = result.row("cache")
+    assert row.report["techniques"]["caching"]["reused"] > 0
+    assert row.notes == ()
 
 
 def test_psnr_of_a_row_is_that_of_the_images(result, pixart):

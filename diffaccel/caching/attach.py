@@ -75,13 +75,15 @@ class CachedRoot:
         self._section = section
         self._ratios = ratios
         self._notes: dict[str, None] = {}  # a set in order
+        self._idle: str | None = None  # why the last run was left alone
         self.computed = self.reused = 0
         self.computed_steps: list[int] = []
         self._begin(None)
 
     @property
     def notes(self) -> list[str]:
-        return list(self._notes)
+        """What a user should know; why a run was left alone holds for the last run, as ``computed_steps`` does."""
+        return [*self._notes, *([self._idle] if self._idle else [])]
 
     def _begin(self, run: int | None) -> None:
         self._run = run
@@ -95,9 +97,10 @@ class CachedRoot:
         if call.run != self._run or call.step < self._step:
             self._begin(call.run)
             self.computed_steps = []
+            self._idle = None
         latents = latent_tensors(arguments)
         if reason := self._never(call, latents):
-            self._notes[reason] = None
+            self._idle = reason
             return self._computed(call, compute)
         copies = self._section.policy == "easy" or self._section.forecast == "residual"
         inputs = [x.detach().clone() for x in latents] if copies else latents
