@@ -26,7 +26,7 @@ FORECASTS = ("hold", "residual", "linear", "trend")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("image", "video", "both"), default="both")
-    parser.add_argument("--prompts", type=int, default=16, help="how many of the held-out prompts")
+    parser.add_argument("--prompts", type=int, default=16, help="how many of the prompts that ship")
     parser.add_argument("--thresholds", type=float, nargs="+", default=(0.03, 0.05, 0.08, 0.12))
     parser.add_argument("--forecasts", nargs="+", choices=FORECASTS, default=FORECASTS)
     parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these")

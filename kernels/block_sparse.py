@@ -9,7 +9,7 @@ Three paths, all behind the op ``diffaccel::block_sparse_attention``:
 - ``blocks``: dense attention over the kept keys. Rows of blocks whose keys form one range read them in place; for the
   others the kept blocks are gathered, a few rows at a time so that they stay in cache. Plain PyTorch, any device.
 - ``flex``: compiled ``flex_attention``. The choice on CUDA. On CPU (AVX-512, 2 threads, float32, 4096 tokens, density
-  1/4) it takes 1.7 to 2.6 times as long as ``blocks``.
+  1/4, bench/attention.py) it takes 1.7 to 2.6 times as long as ``blocks``.
 - ``dense``: one dense call, with a token mask where a block is missing (N x M booleans). Up to 4096 tokens it is timed
   against ``blocks`` and taken where that is not faster.
 """

@@ -39,7 +39,7 @@ class Bundled:
         return path(self.folder)
 
     def prompts(self) -> list[str]:
-        """The held-out prompt set: drawn from the training grammar with another seed."""
+        """The prompt set: drawn from the training grammar with a seed that training did not use."""
         return path(f"prompts/{self.kind}.txt").read_text().split("\n")[:-1]
 
     def unknown_words(self, prompt: str) -> list[str]:

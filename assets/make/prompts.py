@@ -1,6 +1,7 @@
-"""Writes the prompt sets of the bundled pipelines: ``python assets/make/prompts.py``.
+"""Writes the prompt sets of the interim pipelines, `image.txt` and `video.txt`: ``python assets/make/prompts.py``.
 
-Every line is drawn from the grammar that the bundled pipelines were trained on, with a seed that training did not use.
+Every line is drawn from the grammar that they were trained on, with a seed that training did not use. The prompts for
+what run.py trains, whose world is larger, are heldout.py's.
 """
 
 from __future__ import annotations
