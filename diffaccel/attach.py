@@ -171,9 +171,9 @@ def _plan_for(plan: str | os.PathLike[str] | Plan, model: Any) -> tuple[Plan, li
     if isinstance(plan, os.PathLike):
         return Plan.load(plan), []
     if not isinstance(plan, str):
-        raise PlanError(f"plan must be a preset name, a Plan or a path, got {type(plan).__name__}")
+        raise PlanError(f"plan must be a preset name, a Plan or a path, got {plan!r:.200}")
     if "/" in plan or os.sep in plan:
         return Plan.load(Path(plan).expanduser()), []
     if plan not in PRESETS:
-        raise PlanError(f"no preset {plan!r}{did_you_mean(plan, PRESETS)}; write ./{plan} for a saved plan's folder")
+        raise PlanError(f"no preset {plan!r}{did_you_mean(plan, PRESETS)} (or ./{plan} for a saved plan's folder)")
     return preset_plan(plan, find_denoisers(model))

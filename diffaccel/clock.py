@@ -50,10 +50,6 @@ class Call:
     first_in_step: bool
     first_step: bool
 
-    @property
-    def last_step(self) -> bool:
-        return self.steps is not None and self.step >= self.steps - 1
-
 
 class Clock:
     """Follows the schedulers of ``pipeline``; without one, the user's `start` and `advance` or the timestep argument.
@@ -93,8 +89,11 @@ class Clock:
 
     def start(self, steps: int, begin: int = 0) -> None:
         """Begin a trajectory of ``steps`` steps by hand, at index ``begin``."""
-        if steps < 1 or not 0 <= begin < steps:
-            raise DiffAccelError(f"clock.start needs steps >= 1 and 0 <= begin < steps, got {steps} and {begin}")
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (steps, begin))
+        if not whole or not 0 <= begin < steps:
+            raise DiffAccelError(
+                f"clock.start needs whole numbers, steps >= 1 and 0 <= begin < steps, got {steps!r} and {begin!r}"
+            )
         self._active = None
         self._begin_run([None] * steps, None)
         self._begin = self._index = begin

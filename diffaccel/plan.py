@@ -254,7 +254,9 @@ def _load_artefacts(file: Path, names: list[str]) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except FileNotFoundError:
-        raise PlanError(f"the plan needs {file.name}, which is missing beside its plan.json") from None
+        raise PlanError(
+            f"the plan needs {file.name}, which is missing beside its plan.json; copy the whole folder"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise PlanError(f"{file} is damaged ({error}); copy or calibrate the plan again") from None
     missing = sorted(set(names) - set(tensors))

@@ -75,6 +75,9 @@ class Request:
             if name not in known and not modular:
                 names = ", ".join(n for n in known if n != "self")
                 raise InputError(f"{type(self.pipe).__name__} takes no {name!r}; its call takes: {names}")
+        steps = self.calls.get("num_inference_steps")
+        if steps is not None and not _is_whole(steps, 1):
+            raise InputError(f"num_inference_steps must be a whole number >= 1, got {steps!r}")
 
     def _check_controls(self) -> None:
         for control in self.controls:

@@ -23,10 +23,6 @@ class Timing:
     def median(self) -> float:
         return float(np.median(self.seconds))
 
-    @property
-    def p90(self) -> float:
-        return float(np.quantile(self.seconds, 0.9))
-
 
 @dataclass(frozen=True)
 class Ratio:

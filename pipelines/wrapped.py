@@ -170,6 +170,8 @@ class Wrapped:
             given["negative_prompt"] = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
         if steps is not None:
             given["num_inference_steps"] = _whole("steps", steps)
+        elif given.get("num_inference_steps") is not None:  # some pipelines decode the noise after 0 steps
+            _whole("num_inference_steps", given["num_inference_steps"])
         if guidance is not None:
             if isinstance(guidance, bool) or not isinstance(guidance, int | float):
                 raise InputError(f"guidance must be a number, got {guidance!r}")

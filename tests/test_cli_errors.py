@@ -128,7 +128,7 @@ def test_missing_package(refused, monkeypatch):
     assert "pip install imageio-ffmpeg, or write a .gif" in line
 
 
-def test_unwritable_folder(refused, tmp_path, monkeypatch):
+def test_unwritable_folder(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs the tests may write everywhere
     assert "is not writable; choose another --out" in refused("generate", "-p", CIRCLE, "-o", "out")
 

@@ -75,7 +75,6 @@ def test_interleave_tells_a_slow_callable_from_a_fast_one():
 
 def test_timing_and_speedup_by_hand():
     assert Timing((3.0, 1.0, 2.0)).median == 2
-    assert Timing(tuple(range(1, 12))).p90 == pytest.approx(10)
     base = [2.0, 4.0, 6.0, 8.0]
     ratio = speedup(base, [b / 2 for b in base])
     assert ratio.value == 2
@@ -369,6 +368,7 @@ def test_prompts_may_be_arguments_and_outputs_videos(tmp_path):
         ({"plans": ["no-such-preset"]}, PlanError, "no-such-preset"),
         ({"calls": {"generator": None}}, InputError, "seeds="),
         ({"calls": {"num_inference_step": 4}}, InputError, "takes no 'num_inference_step'"),
+        ({"calls": {"num_inference_steps": 0}}, InputError, "whole number >= 1, got 0"),
         ({"controls": ("less steps",)}, InputError, "'fewer steps'"),
         ({"controls": (4,)}, InputError, "reference itself"),
         ({"calls": {"timesteps": [999, 1]}, "controls": (3,)}, InputError, "no num_inference_steps to change"),

@@ -172,6 +172,7 @@ def test_video(video_pipeline, tmp_path):
         ({"prompt": ["a", None]}, "prompt must be a text"),
         ({"steps": 0}, "steps must be a whole number"),
         ({"steps": 2.5}, "steps must be a whole number"),
+        ({"steps": None, "num_inference_steps": 0}, "num_inference_steps must be a whole number >= 1, got 0"),
         ({"size": "256"}, "size must be"),
         ({"size": 100}, "refuses the call: .*divisible by 8"),
         ({"seed": -1}, "a seed must be"),
@@ -357,7 +358,7 @@ def test_batch_never_takes_or_replaces_what_is_not_its_own(image_pipeline, tmp_p
         _run(image_pipeline, tmp_path / "b", jobs, steps=2)
 
 
-def test_a_failing_write_leaves_nothing(image_pipeline, tmp_path, monkeypatch):
+def test_a_failing_write_leaves_nothing(tmp_path, monkeypatch):
     def full(self, *args, **kwargs):
         raise OSError(28, "No space left on device")
 

@@ -27,7 +27,7 @@ def test_a_plan_survives_saving(tmp_path):
     assert Plan.load(tmp_path / "plan" / "plan.json") == plan
 
 
-def test_artefacts_are_compared_by_content(tmp_path):
+def test_artefacts_are_compared_by_content():
     one = Plan(**FULL, artefacts={"ratios": torch.ones(3)})
     assert one == Plan(**FULL, artefacts={"ratios": torch.ones(3)})
     assert one != Plan(**FULL, artefacts={"ratios": torch.zeros(3)})

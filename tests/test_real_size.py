@@ -13,7 +13,6 @@ from diffaccel.denoiser import find_denoisers
 from diffaccel.inspection import predict_memory
 from diffaccel.presets import PRESETS
 
-GIB = 1 << 30
 PLANS = {
     **{name: name for name in PRESETS},
     "quantization": Plan(quantization=[Quantize()]),
