@@ -193,7 +193,7 @@ def test_caption_length_changes_the_tokens_of_one_shape():
     assert facts["calls_sparse"] == 3 * 4
 
 
-def test_slower_than_dense_is_applied_and_said(monkeypatch):
+def test_slower_than_dense_is_applied_and_said():
     specimen = ZOO["wan"]
     model = specimen.build()
     with (

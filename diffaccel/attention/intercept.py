@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.hooks import ModelHook
@@ -24,21 +24,9 @@ Patterns = tuple[tuple[int, BlockPattern], ...]
 """The block pattern for each number of tokens; calls with other numbers stay dense."""
 
 
-class Watch(Protocol):
-    """Sees every attention call of a site while its layouts are being learned, and computes it."""
-
-    def __call__(
-        self,
-        site: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor: ...
+Watch = Callable[..., Tensor]
+"""Sees every attention call of a site while its layouts are being learned, and computes it: gets the site's index, then
+the arguments of ``scaled_dot_product_attention``."""
 
 
 def unsuitable(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) -> str | None:
