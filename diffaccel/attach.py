@@ -27,6 +27,18 @@ _MODULES: dict[str, Technique] = {
     "caching": diffaccel.caching.attach,
 }
 _MARK = "_diffaccel"
+
+
+class _Mark:
+    """On an accelerated denoiser. A copy's hooks would run the original's weights, so there is none."""
+
+    def __reduce__(self) -> Any:
+        raise PlanError(
+            "an accelerated model cannot be copied or pickled: the hooks of the copy would run this model; call remove() "
+            "on the acceleration first, or copy by save_pretrained and from_pretrained"
+        )
+
+
 ORIGINALS = ("cpu", "disk", "device")
 
 
@@ -84,7 +96,7 @@ def accelerate(
     with ExitStack() as on_failure:  # unwinds unless everything attached
         on_failure.enter_context(context.undo)
         for denoiser in denoisers:
-            object.__setattr__(denoiser.module, _MARK, True)
+            object.__setattr__(denoiser.module, _MARK, _Mark())
             context.undo.callback(denoiser.module.__dict__.pop, _MARK, None)
         if profile:
             for denoiser in denoisers:

@@ -171,6 +171,18 @@ def test_applying_twice_is_refused(pipe):
     accelerate(pipe, Plan()).remove()
 
 
+@pytest.mark.parametrize("plan", [ALL, Plan(attention=ALL.attention), Plan(caching=ALL.caching)])
+def test_copying_an_accelerated_model_is_refused(plan):
+    specimen = ZOO["flux"]
+    model = specimen.build()
+    before = out(specimen, model)
+    with accelerate(model, plan), pytest.raises(PlanError, match="cannot be copied"):
+        copy.deepcopy(model)
+    twin = copy.deepcopy(model)
+    twin.proj_out.weight.add_(1)
+    assert not same(out(specimen, twin), before) and same(out(specimen, model), before)
+
+
 def test_remove_after_bake_is_refused():
     specimen = ZOO["dit"]
     model = specimen.build()

@@ -7,12 +7,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoPipelineForImage2Image
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from zoo import ZOO
 from zoo_pipelines import PIPELINES
 
-from diffaccel import BlockSparse, Plan, PlanError, Quantize, StepCache, accelerate
+from diffaccel import BlockSparse, DiffAccelError, Plan, PlanError, Quantize, StepCache, accelerate
 
 QUANTIZE = Plan(quantization=[Quantize()])
 SPARSE = Plan(attention=[BlockSparse(density=0.5, steps=(0.0, 1.0), block_size=16)])
@@ -258,6 +260,37 @@ def test_a_copied_scheduler_is_not_watched():
         twin = copy.deepcopy(pipe.scheduler)
         twin.set_timesteps(5)
         assert accel.clock.run == run
+
+
+def test_processors_set_while_attached_are_learned_anew():
+    pipe = PIPELINES["sd15"].build()
+    before = call("sd15", pipe)
+    with accelerate(pipe, SPARSE) as accel:
+        fast = call("sd15", pipe)
+        counted = accel.report().techniques[0].facts["calls_sparse"]
+        own = pipe.unet.attn_processors
+        pipe.enable_attention_slicing()  # processors that do not call PyTorch's attention
+        with pytest.raises(DiffAccelError, match="none of them called scaled_dot_product_attention"):
+            call("sd15", pipe)
+        assert accel.report().techniques[0].facts["calls_sparse"] == counted
+        pipe.unet.set_attn_processor(own)
+        assert torch.equal(call("sd15", pipe), fast)
+        assert accel.report().techniques[0].facts["calls_sparse"] == 2 * counted
+    assert torch.equal(call("sd15", pipe), before)
+
+
+def test_the_backend_of_processors_set_while_attached_is_set_aside_and_left_afterwards():
+    specimen = ZOO["wan"]
+    model = specimen.build()
+    with accelerate(model, SPARSE) as accel:
+        fast = out(specimen, model)
+        new = WanAttnProcessor()
+        new._attention_backend = AttentionBackendName.FLEX
+        model.set_attn_processor(new)
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(out(specimen, model), fast, strict=True))
+        assert new._attention_backend is AttentionBackendName.NATIVE
+        assert any("backend flex" in note for note in accel.report().techniques[0].notes)
+    assert new._attention_backend is AttentionBackendName.FLEX
 
 
 # --- compile --------------------------------------------------------------------------------------------------------

@@ -133,9 +133,13 @@ class SparseDenoiser:
 
     @torch.compiler.disable(recursive=False)
     def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
+        other_processors = [backend.hold() for backend in self._backends]
         for backend in self._backends:
-            backend.hold()
             self.record.backends |= backend.overridden
+        if any(other_processors):  # they may attend in another way, or not by PyTorch's function: learn again
+            self._known.clear()
+            self._moving.clear()
+            self._set = None
         phase = tuple(in_steps(call.progress, section.steps) for section in self._sections)
         shapes = tuple(_shape(name, value) for name, value in arguments.items() if name != self._timestep)
         key = (shapes, self._lengths(call, arguments) if shapes in self._moving else ())

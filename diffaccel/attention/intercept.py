@@ -123,17 +123,29 @@ class NativeBackend:
 
     def __init__(self, module: nn.Module) -> None:
         self.overridden: set[str] = set()
-        self._owners = list(_dispatching(module.modules()))
-        self._before = [owner.__dict__.get("_attention_backend", _ABSENT) for owner in self._owners]
-        for owner in self._owners:
-            self._override(owner)
+        self._module = module
+        self._holders = [m for m in module.modules() if hasattr(m, "processor")]
+        self._processors = [holder.processor for holder in self._holders]
+        self._owners: list[Any] = []
+        self._before: list[Any] = []
+        self._adopt()
 
-    def hold(self) -> None:
-        """Override again where the user set another backend meanwhile; `restore` then leaves the user's."""
+    def hold(self) -> bool:
+        """Override again where the user set another backend meanwhile; `restore` then leaves the user's.
+
+        Returns:
+            Whether the user also set other processors: what was learned about the old ones no longer holds.
+        """
         for index, owner in enumerate(self._owners):
             if owner._attention_backend is not AttentionBackendName.NATIVE:
                 self._before[index] = owner._attention_backend
                 self._override(owner)
+        processors = [holder.processor for holder in self._holders]
+        if all(new is old for new, old in zip(processors, self._processors, strict=True)):
+            return False
+        self._processors = processors
+        self._adopt()
+        return True
 
     def restore(self) -> None:
         """Put the backends back."""
@@ -143,6 +155,14 @@ class NativeBackend:
                 owner.__dict__.pop("_attention_backend", None)
             else:
                 owner.__dict__["_attention_backend"] = own
+
+    def _adopt(self) -> None:
+        """Take in owners not known yet. Old processors stay known: the user may put them back at any time."""
+        for owner in _dispatching(self._module.modules()):
+            if not any(owner is known for known in self._owners):
+                self._owners.append(owner)
+                self._before.append(owner.__dict__.get("_attention_backend", _ABSENT))
+                self._override(owner)
 
     def _override(self, owner: Any) -> None:
         backend = owner._attention_backend
