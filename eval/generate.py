@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from diffaccel.errors import InputError
 from diffaccel.eval.metrics.samples import as_samples
+from diffaccel.pipelines.tasks import call_parameters
 
 _OUTPUTS = ("images", "frames", "videos")
 
@@ -55,11 +55,6 @@ def generate(pipe: Any, job: Job, calls: Mapping[str, Any]) -> np.ndarray:
 
 def _get(output: Any, name: str) -> Any:
     return output.get(name) if hasattr(output, "get") else None
-
-
-def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the pipeline's call by name."""
-    return inspect.signature(type(pipe).__call__).parameters
 
 
 def steps_of(pipe: Any, calls: Mapping[str, Any]) -> int | None:

@@ -15,9 +15,10 @@ from torch import nn
 
 from diffaccel.denoiser import find_denoisers, unwrap_compiled
 from diffaccel.errors import InputError, PlanError
-from diffaccel.eval.generate import call_parameters, steps_of
+from diffaccel.eval.generate import steps_of
 from diffaccel.eval.store import REFERENCE
 from diffaccel.key import config_digest, weights_fingerprint
+from diffaccel.pipelines.tasks import check_arguments
 from diffaccel.plan import Plan
 
 FEWER_STEPS = "fewer steps"
@@ -67,14 +68,11 @@ class Request:
         self._check_controls()
 
     def _check_calls(self) -> None:
-        known = call_parameters(self.pipe)
-        modular = isinstance(self.pipe, ModularPipeline)  # its call takes everything, and its blocks what they know
         for name in self.calls:
             if name in _OURS:
                 raise InputError(f"calls holds {name!r}, which compare sets itself; use seeds= for the generator")
-            if name not in known and not modular:
-                names = ", ".join(n for n in known if n != "self")
-                raise InputError(f"{type(self.pipe).__name__} takes no {name!r}; its call takes: {names}")
+        if not isinstance(self.pipe, ModularPipeline):  # its call takes everything, and its blocks what they know
+            check_arguments(self.pipe, self.calls)
         steps = self.calls.get("num_inference_steps")
         if steps is not None and not _is_whole(steps, 1):
             raise InputError(f"num_inference_steps must be a whole number >= 1, got {steps!r}")

@@ -240,7 +240,7 @@ def _measure(
     times: list[list[float]] = []  # [round][run]; in turn, so that a busy moment hits all of them
     end = time.perf_counter() + budget
     while len(times) < 4 or (time.perf_counter() < end and len(times) < 25):
-        times.append([_seconds(run, device) for run in runs.values()])
+        times.append([seconds_of(run, device) for run in runs.values()])
     # The fastest run, because interference only adds: on two shared cores medians of the same kernel differed by 10x.
     columns = dict(zip(runs, zip(*times, strict=True), strict=True))
     seconds = {name: min(column) for name, column in columns.items()}
@@ -250,7 +250,8 @@ def _measure(
     return {"name": next(n for n in candidates if seconds[n] <= limit), "seconds": seconds, "error": error}, quiet
 
 
-def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
+def seconds_of(run: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds of one call; on CUDA until its work there is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

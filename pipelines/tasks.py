@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from diffaccel.errors import InputError
@@ -36,6 +37,7 @@ def needs_image(pipe: Any) -> bool:
 
 
 def takes_prompt(pipe: Any) -> bool:
+    """Whether the call takes a text."""
     return "prompt" in call_parameters(pipe)
 
 
@@ -47,8 +49,8 @@ def describe(pipe: Any) -> str:
     return f"{type(pipe).__name__} does {' and '.join(f'{source}-to-{target}' for source in sources)}"
 
 
-def check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the call does not take.
+def check_arguments(pipe: Any, arguments: Iterable[str]) -> None:
+    """Refuse arguments, by name, that the call does not take.
 
     Raises:
         InputError: names the argument and those the call takes.

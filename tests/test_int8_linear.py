@@ -256,7 +256,7 @@ def toy_trial(slow=2e-3, fast=1e-3, error=0.0, calls=None):
 @pytest.fixture
 def toy(monkeypatch):
     """choose() on a clock that reads each run's stated time."""
-    monkeypatch.setattr(_candidates, "_seconds", lambda run, device: round(float(run()[0]), 9))
+    monkeypatch.setattr(_candidates, "seconds_of", lambda run, device: round(float(run()[0]), 9))
 
     def pick(trial=toy_trial, shape=("M8",)):
         return choose("toy", shape, CPU, ["slow", "fast"], trial, default="slow")
@@ -306,7 +306,7 @@ def test_unwritable_cache(toy, tmp_path, monkeypatch):
 
 def test_a_disturbed_measurement_is_not_kept(toy, tmp_path, monkeypatch):
     readings = iter([1.0, 2.0, 3.0, *[10.0, 20.0, 30.0] * 30])
-    monkeypatch.setattr(_candidates, "_seconds", lambda run, device: next(readings))
+    monkeypatch.setattr(_candidates, "seconds_of", lambda run, device: next(readings))
     assert toy() == "slow" and not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,6 @@ end. Models without text among their tokens are never run twice.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from diffaccel.attention.intercept import Patterns, SiteHook, WatchedCalls, uncompiled, unsuitable
 from diffaccel.attention.layout import Geometry, Layout, Span, is_fake, span_of
 from diffaccel.attention.section import BlockSparse
+from diffaccel.kernels._candidates import seconds_of
 from diffaccel.kernels.block_pattern import BlockPattern
 from diffaccel.kernels.block_sparse import block_sparse_attention, path_for
 from diffaccel.kernels.window_mask import window_blocks
@@ -350,24 +350,11 @@ class _Survey:
             return
         self._timed.add(kind)
         sparse()  # the kernel chooses its path and compiles
-        seconds = [(_seconds(dense, query), _seconds(sparse, query))]
+        seconds = [(seconds_of(dense, query.device), seconds_of(sparse, query.device))]
         while len(seconds) < 5 and sum(map(sum, seconds)) < 0.05:
-            seconds.append((_seconds(dense, query), _seconds(sparse, query)))
+            seconds.append((seconds_of(dense, query.device), seconds_of(sparse, query.device)))
         best_dense, best_sparse = (min(column) for column in zip(*seconds, strict=True))
         self.learned.timings.append(Timing(best_dense, best_sparse, tuple(query.shape)))
-
-
-def _seconds(call: Callable[[], Tensor], near: Tensor) -> float:
-    _synchronise(near)
-    begin = time.perf_counter()
-    call()
-    _synchronise(near)
-    return time.perf_counter() - begin
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
 
 
 def _capturing(tensor: Tensor) -> bool:
