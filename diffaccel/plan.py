@@ -184,6 +184,8 @@ class Plan:
                 f"plan schema {data.get('schema')!r}: this diffaccel reads schema {SCHEMA_VERSION}; "
                 "save the plan again with this version, or install the one that wrote it"
             )
+        if not isinstance(data.get("key"), Mapping | None):
+            raise PlanError(f"'key' must be an object, got {data['key']!r}; copy or calibrate the plan again")
         body = data.get("plan", {})
         if not isinstance(body, Mapping):
             raise PlanError(f"'plan' must be an object, got {body!r}")
@@ -202,9 +204,15 @@ class Plan:
         """Write ``plan.json`` (and ``artefacts.safetensors``) into ``folder``; returns the folder.
 
         Each file is replaced as a whole, so an interrupted save leaves the previous plan readable.
+
+        Raises:
+            PlanError: ``folder`` cannot be made.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PlanError(f"no folder can be made at {str(folder)!r} ({error.strerror}); choose another") from None
         data = self.to_dict()
         if self.artefacts:
             from safetensors.torch import save as save_tensors

@@ -137,3 +137,14 @@ def test_building_a_plan_needs_no_torch():
         "assert Plan.from_dict(plan.to_dict()) == plan\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_plan_goes_into_a_folder_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match=r"no folder can be made at .*file.*; choose another"):
+        Plan().save(tmp_path / "file")
+
+
+def test_a_damaged_key_is_refused():
+    with pytest.raises(PlanError, match=r"'key' must be an object, got 3"):
+        Plan.from_dict({"schema": 1, "key": 3})
