@@ -34,8 +34,8 @@ class _Mark:
 
     def __reduce__(self) -> Any:
         raise PlanError(
-            "an accelerated model cannot be copied or pickled: the hooks of the copy would run this model; call remove() "
-            "on the acceleration first, or copy by save_pretrained and from_pretrained"
+            "an accelerated model cannot be copied or pickled: the hooks of the copy would run this model; call "
+            "remove() on the acceleration first, or copy by save_pretrained and from_pretrained"
         )
 
 
