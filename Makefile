@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n logical --maxprocesses 4
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
