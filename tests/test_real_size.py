@@ -94,7 +94,7 @@ def test_every_plan_agrees_with_the_plain_forward(name):
 
 
 def _quantized_weights(model: nn.Module) -> int:
-    roles = ("attn.", "ff.", "fused.", "cross.q", "cross.out")
+    roles = ("attn.", "ff.", "fused.", "cross.")
     sites = (site for denoiser in find_denoisers(model) for site in denoiser.layers if site.role.startswith(roles))
     return sum(site.module.weight.numel() for site in sites if isinstance(site.module, nn.Linear))
 
