@@ -27,6 +27,7 @@ _MODULES: dict[str, Technique] = {
     "caching": diffaccel.caching.attach,
 }
 _MARK = "_diffaccel"
+ORIGINALS = ("cpu", "disk", "device")
 
 
 class _Mark:
@@ -37,9 +38,6 @@ class _Mark:
             "an accelerated model cannot be copied or pickled: the hooks of the copy would run this model; call "
             "remove() on the acceleration first, or copy by save_pretrained and from_pretrained"
         )
-
-
-ORIGINALS = ("cpu", "disk", "device")
 
 
 def accelerate(
