@@ -82,11 +82,13 @@ class Training(ABC):
 
 
 def native_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices by instructions of its own (Intel AMX, or a GPU).
+    """Whether this machine multiplies bfloat16 matrices by instructions of its own (AMX, AVX512-BF16, or a GPU).
 
-    Elsewhere bfloat16 is slower than float32: 5x on an AVX2 processor, against 10x faster with AMX.
+    Elsewhere bfloat16 is slower than float32: 5x on an AVX2 processor, against 10x faster with AMX and 2x with
+    AVX512-BF16.
     """
-    return torch.cuda.is_available() or bool(torch.cpu._is_amx_tile_supported())
+    cpu = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.cuda.is_available() or bool(cpu)
 
 
 class Loop:
