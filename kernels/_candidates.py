@@ -2,19 +2,19 @@
 
 An operator names its candidates and builds, on demand, a `Trial`: fresh random data at the shape in question, one
 callable per candidate and a function that measures the error of a result. `choose` drops the wrong ones, times the rest
-in turn and takes the fastest. The answer is kept for the process and in ``$DIFFACCEL_CACHE/kernels.json`` (default
-``$XDG_CACHE_HOME/diffaccel``, else ``~/.cache/diffaccel``). ``DIFFACCEL_KERNELS="operator=candidate;..."`` decides by
-hand.
+in turn and takes the fastest. The answer is kept for the process and in ``kernels.json`` of the cache folder
+(`_store`). Candidates that failed ``diffaccel selftest`` here are left out.
+``DIFFACCEL_KERNELS="operator=candidate;..."`` decides by hand.
 """
 
 import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffaccel.kernels import _store
+from diffaccel.kernels._disabled import disabled
 
 BASELINE = "baseline"
 # A candidate earlier in the list wins over one that is faster by less than this.
@@ -197,9 +200,10 @@ def _decide(
             f"DIFFACCEL_KERNELS asks for {operator}={asked}, which does not exist here ({', '.join(names)} do);",
             "the fastest of those is used.",
         )
+    names = _allowed(operator, names, default, device)
     if not may_measure(device):
-        return Choice(*where, default, source="default")
-    cache_key = "|".join([*where, ",".join(names), torch.__version__])
+        return Choice(*where, default if default in names else names[0], source="default")
+    cache_key = "|".join([*where, ",".join(names), _store.versions(device.type == "cuda")])
     stored = _read_cache().get(cache_key)
     if isinstance(stored, dict) and stored.get("name") in names:
         try:
@@ -212,6 +216,18 @@ def _decide(
     if quiet:
         _write_cache(cache_key, choice)
     return choice
+
+
+def _allowed(operator: str, names: Sequence[str], default: str, device: torch.device) -> list[str]:
+    """``names`` without those that failed the self-test on ``device``, of which there is one warning."""
+    failed = disabled(device_name(device), device.type == "cuda").get(operator, {})
+    for name in (name for name in names if name in failed):
+        warn_once(
+            f"{operator}: candidate {name} failed `diffaccel selftest` on {device_name(device)} and is not used",
+            f"({failed[name]}). After an update of the driver, torch, triton or diffaccel it is tried again; run "
+            "`diffaccel selftest` then.",
+        )
+    return [name for name in names if name not in failed] or [default]
 
 
 def _measure(
@@ -263,9 +279,7 @@ def seconds_of(run: Callable[[], Tensor], device: torch.device) -> float:
 
 def cache_file() -> Path:
     """Where choices are kept between processes."""
-    if folder := os.environ.get("DIFFACCEL_CACHE"):
-        return Path(folder) / "kernels.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffaccel" / "kernels.json"
+    return _store.folder() / "kernels.json"
 
 
 def _read_cache() -> dict[str, object]:
@@ -280,17 +294,7 @@ def _read_cache() -> dict[str, object]:
 
 
 def _write_cache(key: str, choice: Choice) -> None:
-    """Add one entry. The file is replaced whole, so that a reader never sees half of it; skipped if not writable."""
+    """Add one entry; skipped where the folder is not writable."""
     kept = {name: value for name, value in asdict(choice).items() if name in ("name", "seconds", "error")}
-    temporary = None
-    try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": _FORMAT, "choices": {**_read_cache(), key: kept}}, indent=1, sort_keys=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(text)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError):
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    with suppress(OSError, RuntimeError):
+        _store.write(cache_file(), {"format": _FORMAT, "choices": {**_read_cache(), key: kept}})

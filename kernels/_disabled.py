@@ -1,0 +1,80 @@
+"""Candidates that failed ``diffaccel selftest`` on this machine; `_candidates.choose` leaves them out.
+
+Kept in ``disabled.json`` of the cache folder by device and versions: after an update they get another chance.
+"""
+
+import json
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from diffaccel.kernels import _store
+
+_FORMAT = 1
+# Which candidates failed: operator -> candidate -> reason.
+Disabled = dict[str, dict[str, str]]
+
+
+def disabled_file() -> Path:
+    """Where failures are kept."""
+    return _store.folder() / "disabled.json"
+
+
+def disabled(device_name: str, cuda: bool) -> Disabled:
+    """What failed on the device of that name with the versions that run now."""
+    try:
+        path = disabled_file()
+        stamp = path.stat().st_mtime_ns
+    except (OSError, RuntimeError):
+        return {}
+    machines = _read(path, stamp)
+    return machines.get(_machine(device_name, cuda), {}) if machines else {}
+
+
+def disable(device_name: str, cuda: bool, operator: str, candidate: str, reason: str) -> None:
+    """Remember a failure. Raises ``OSError`` where the cache folder is not writable."""
+    here = disabled(device_name, cuda)
+    _write(device_name, cuda, {**here, operator: {**here.get(operator, {}), candidate: reason}})
+
+
+def enable(device_name: str, cuda: bool, operator: str, candidate: str) -> None:
+    """Forget a failure, after the candidate has passed. Raises ``OSError``."""
+    here = disabled(device_name, cuda)
+    if candidate in here.get(operator, {}):
+        rest = {name: reason for name, reason in here[operator].items() if name != candidate}
+        _write(device_name, cuda, {**here, operator: rest})
+
+
+def _machine(device_name: str, cuda: bool) -> str:
+    return f"{device_name}, {_store.versions(cuda)}"
+
+
+def _write(device_name: str, cuda: bool, here: Disabled) -> None:
+    path = disabled_file()
+    machines = (_read(path, path.stat().st_mtime_ns) or {}) if path.exists() else {}
+    machines = {**machines, _machine(device_name, cuda): {name: failed for name, failed in here.items() if failed}}
+    _store.write(path, {"format": _FORMAT, "machines": {name: here for name, here in machines.items() if here}})
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, stamp: int) -> dict[str, Disabled] | None:
+    """Every machine's failures; None, and a warning, if the file is damaged. ``stamp``: when it was written."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != _FORMAT:
+            raise ValueError(f"format {stored['format']!r}, expected {_FORMAT}")
+        return {
+            str(machine): {
+                str(operator): {str(candidate): str(reason) for candidate, reason in failed.items()}
+                for operator, failed in here.items()
+            }
+            for machine, here in stored["machines"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} cannot be read ({type(error).__name__}: {error}) and is ignored: kernels that failed a self-test "
+            "here are used again. Run `diffaccel selftest`, which writes it anew.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
