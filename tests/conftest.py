@@ -14,6 +14,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: without a GPU its interpreter runs kernels
 if "DIFFACCEL_CACHE" not in os.environ:
     os.environ["DIFFACCEL_CACHE"] = tempfile.mkdtemp(prefix="diffaccel-tests-")
     atexit.register(shutil.rmtree, os.environ["DIFFACCEL_CACHE"], ignore_errors=True)
