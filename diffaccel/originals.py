@@ -51,6 +51,7 @@ class Parked:
         self.parameter = parameter
         self._file, self._move, self._stored = file, move, False
         self._shape, self._stride = parameter.shape, parameter.stride()
+        self._address = _address(parameter)
 
     def store(self) -> None:
         """Free the device memory of the weight (unless it stays there)."""
@@ -86,8 +87,25 @@ class Parked:
             return self.parameter
         data = self.read().detach()
         if self._file is not None:
-            copy = torch.empty_strided(self._shape, self._stride, dtype=data.dtype)
-            data = copy.copy_(data)
+            data = _empty_at(self._address, self._shape, self._stride, data.dtype).copy_(data)
         self.parameter.data = data.to(device, dtype)
         self._stored = False
         return self.parameter
+
+
+# Some CPU kernels round by where a weight begins within this many bytes; files are mapped to any address.
+_LINE = 64
+
+
+def _address(tensor: Tensor) -> int:
+    """Where ``tensor`` begins within a cache line; 0 off the CPU and for fake tensors, where it does not matter."""
+    real = tensor.device.type == "cpu" and not isinstance(tensor.data, torch._subclasses.FakeTensor)
+    return tensor.data_ptr() % _LINE if real else 0
+
+
+def _empty_at(address: int, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised CPU memory that begins at ``address`` within a cache line, so that it computes to the same bits."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if 0 not in shape else 0
+    buffer = torch.empty(extent + _LINE // dtype.itemsize, dtype=dtype)
+    offset = (address - buffer.data_ptr()) % _LINE // dtype.itemsize
+    return buffer.as_strided(shape, stride, offset)

@@ -5,6 +5,7 @@ import gc
 import platform
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def sqnr(reference, outputs):
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def alike(a, b):
+    """Equal but for the last bits: weights read from a file lie at other addresses, by which some CPU kernels round."""
+    return sqnr(a, b) > 100
 
 
 def snapshot(model):
@@ -110,7 +116,7 @@ def test_state_dict_is_the_original_while_attached(originals, tmp_path, monkeypa
     accel.remove()
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]  # the temporary folder is gone
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path / "saved")
-    assert same(out(specimen, loaded), out(specimen, model)) and "quantization_config" not in loaded.config
+    assert alike(out(specimen, loaded), out(specimen, model)) and "quantization_config" not in loaded.config
 
 
 @pytest.mark.parametrize("originals", ["cpu", "disk"])
@@ -119,16 +125,29 @@ def test_a_failure_in_the_middle_leaves_nothing(monkeypatch, originals):
     start, before = snapshot(model), out(specimen, model)
     real, calls = quantization.become_quantized, []
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         calls.append(args)
         if len(calls) == 5:
             raise MemoryError("no memory left")
-        real(*args)
+        real(*args, **kwargs)
 
     monkeypatch.setattr(quantization, "become_quantized", failing)
     with pytest.raises(MemoryError):
         accelerate(model, PLAN, originals=originals)
     assert unchanged(model, start) and same(out(specimen, model), before)
+
+
+def test_restored_from_disk_to_the_same_place_in_a_cache_line():
+    """Weights of a loaded model begin anywhere, and some CPU kernels round by where."""
+    specimen, model = pixart()
+    layer = model.transformer_blocks[0].attn1.to_q
+    buffer = torch.zeros(layer.weight.numel() + 16)
+    at = (56 - buffer.data_ptr()) % 64 // 4
+    layer.weight.data = buffer[at : at + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight.data)
+    before = out(specimen, model)
+    with accelerate(model, PLAN, originals="disk"):
+        out(specimen, model)
+    assert layer.weight.data_ptr() % 64 == 56 and same(out(specimen, model), before)
 
 
 def test_a_full_disk_leaves_nothing(monkeypatch):
@@ -204,7 +223,41 @@ def test_bake_keeps_what_a_step_range_needs(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path)
     assert {type(b.ff.net[2]) for b in loaded.transformer_blocks} == {nn.Linear}
-    assert same(out(specimen, loaded), outside)
+    assert alike(out(specimen, loaded), outside)
+
+
+# --- activations left as they are -------------------------------------------------------------------------------------
+
+
+def test_layers_that_read_the_text_keep_their_activations(monkeypatch):
+    _, model = pixart()
+    with accelerate(model, PLAN) as accel:
+        assert accel.report().techniques[0].facts["weight_only"] == 2 * len(model.transformer_blocks)
+        layer = model.transformer_blocks[0].attn2.to_k
+        x = torch.randn(1, 7, layer.in_features) * torch.logspace(0, 3, 7)[:, None]
+        x[:, :, 0] *= 1e4  # an outlier channel, which a scale per token would ruin the others by
+        exact = nn.functional.linear(x.double(), (layer.qweight.double() * layer.scale.double()[:, None]))
+        exact = exact + (0 if layer.bias is None else layer.bias.double())
+        near = partial(torch.allclose, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().mean()))
+        assert near(layer(x).double())
+        assert "activations=float" in repr(layer)
+    monkeypatch.setenv("DIFFACCEL_KERNELS", "int8_linear=onednn")
+    with accelerate(model, Plan(quantization=[Quantize(float_activations="")])) as accel:
+        assert "weight_only" not in accel.report().techniques[0].facts
+        assert not near(layer(x).double())
+
+
+def test_the_last_section_decides_about_activations():
+    _, model = pixart()
+    sections = [Quantize(), Quantize(sites="cross.k", float_activations="")]
+    with accelerate(model, Plan(quantization=sections)):
+        attention = model.transformer_blocks[0].attn2
+        assert not attention.to_k.weight_only and attention.to_v.weight_only and not attention.to_q.weight_only
+
+
+def test_unknown_pattern_of_float_activations_is_refused():
+    with pytest.raises(PlanError, match="space-separated globs"):
+        Quantize(float_activations="  ")
 
 
 # --- saved and loaded -------------------------------------------------------------------------------------------------
@@ -222,12 +275,15 @@ def test_bake_save_and_load(tmp_path):
     assert sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < 0.6 * full
     model.save_pretrained(tmp_path / "int8", max_shard_size="100KB")
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path / "int8")
-    assert loaded.config.quantization_config == DiffAccelConfig(dtype="float32")
-    assert same(out(specimen, loaded), expected) and len(quantized(loaded)) == len(quantized(model))
+    names = " ".join(
+        f"*.transformer_blocks.{i}.attn2.to_{x}" for i in range(len(model.transformer_blocks)) for x in "kv"
+    )
+    assert loaded.config.quantization_config == DiffAccelConfig(dtype="float32", float_activations=names)
+    assert alike(out(specimen, loaded), expected) and len(quantized(loaded)) == len(quantized(model))
     at_load = PixArtTransformer2DModel.from_pretrained(tmp_path / "float", quantization_config=DiffAccelConfig())
-    assert same(out(specimen, at_load), expected)
+    assert alike(out(specimen, at_load), expected)
     at_load.save_pretrained(tmp_path / "again")
-    assert same(out(specimen, PixArtTransformer2DModel.from_pretrained(tmp_path / "again")), expected)
+    assert alike(out(specimen, PixArtTransformer2DModel.from_pretrained(tmp_path / "again")), expected)
     half = PixArtTransformer2DModel.from_pretrained(tmp_path / "int8", torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert all(torch.equal(a.scale, b.scale) for a, b in zip(quantized(half), quantized(model), strict=True))
@@ -261,7 +317,7 @@ def test_pipeline_quantization_config(tmp_path):
     for p in (pipe, loaded):
         p.set_progress_bar_config(disable=True)
     assert quantized(loaded.transformer)
-    assert torch.equal(specimen.call(pipe, steps=2), specimen.call(loaded, steps=2))
+    assert alike([specimen.call(pipe, steps=2)], [specimen.call(loaded, steps=2)])
 
 
 def test_import_registers_the_quantizer_without_importing_torch():

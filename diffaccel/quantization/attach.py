@@ -18,7 +18,7 @@ from diffaccel.kernels._candidates import choices
 from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.originals import Originals, Parked
 from diffaccel.plan import in_steps
-from diffaccel.quantization.eligible import parameter_users, refuse_group_offload, why_not
+from diffaccel.quantization.eligible import keeps_activations, parameter_users, refuse_group_offload, why_not
 from diffaccel.quantization.linear import (
     Phase,
     QuantizedLinear,
@@ -40,10 +40,15 @@ _ALWAYS: Ranges = ((0.0, 1.0),)
 
 @dataclass
 class Resolved:
-    """Which linears become int8, with the step ranges of each, and what is left alone: reason -> full names."""
+    """Which linears become int8, with the step ranges of each, and what is left alone: reason -> full names.
+
+    Args:
+        weight_only: those of ``sites`` whose activations stay as they are; a later section decides over an earlier one.
+    """
 
     sections: Sequence[Quantize]
     sites: dict[Site, Ranges]
+    weight_only: set[Site]
     skipped: dict[str, list[str]]
 
 
@@ -57,6 +62,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
         refuse_group_offload(denoiser)
     users = parameter_users(context.denoisers)
     sites: dict[Site, Ranges] = {}
+    weight_only: set[Site] = set()
     skipped: defaultdict[str, list[str]] = defaultdict(list)
     for section in sections:
         usable = False
@@ -64,6 +70,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
             reason = why_not(site.module, users)
             if reason is None:
                 sites[site] = (*sites.get(site, ()), section.steps)
+                (weight_only.add if keeps_activations(section, site) else weight_only.discard)(site)
                 usable = True
             elif site.full_name not in skipped[reason]:
                 skipped[reason].append(site.full_name)
@@ -72,7 +79,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
             raise PlanError(f"Quantize(sites={section.sites!r}) matches no linear that can be quantized: {reasons}")
     for site, ranges in sites.items():
         sites[site] = _ALWAYS if _ALWAYS[0] in ranges else tuple(dict.fromkeys(ranges))
-    return Resolved(sections, sites, dict(skipped))
+    return Resolved(sections, sites, weight_only, dict(skipped))
 
 
 def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
@@ -106,7 +113,9 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
                     f"{site.full_name} holds weights that are not finite; exclude it by sites='... !{site.full_name}'"
                 )
             context.undo.callback(_restore, layer, parked, layer.__dict__.get("forward"))
-            become_quantized(layer, qweight, scale, weight.dtype, parked, phase)
+            become_quantized(
+                layer, qweight, scale, weight.dtype, parked, phase, weight_only=site in resolved.weight_only
+            )
             parked.store()
         assert isinstance(layer, QuantizedLinear)
         layers[site] = layer
@@ -142,10 +151,12 @@ class QuantizedLinears:
         ranged = sum(1 for layer in self._layers.values() if layer.phase is not None)
         if ranged:
             notes.append(f"{ranged} sites have a step range and keep their originals on the device, also after bake()")
-        bits = sorted({layer.bits for layer in self._layers.values()})
+        bits = sorted({layer.bits for layer in self._layers.values() if not layer.weight_only})
         if 7 in bits:
             notes.append("activations have 7 bits: without VNNI this CPU's int8 kernels saturate at 8")
         facts: dict[str, Any] = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
+        if self._resolved.weight_only:
+            facts["weight_only"] = len(self._resolved.weight_only)
         if kernels := self._kernels():
             facts["kernels"] = kernels
         settings = "; ".join(_describe(s) for s in self._resolved.sections)
@@ -159,7 +170,7 @@ class QuantizedLinears:
         self._originals.discard()
         for denoiser in self._context.denoisers:
             if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
-                mark_quantized(denoiser.module, self._resolved.sections[-1].sites)
+                mark_quantized(denoiser.module, self._resolved.sections[-1])
 
     def _kernels(self) -> dict[str, str]:
         shapes = {(f"K{layer.in_features}", f"N{layer.out_features}") for layer in self._layers.values()}
@@ -182,10 +193,12 @@ def _slower(resolved: Resolved, context: Context) -> list[str]:
     notes = []
     for denoiser in context.denoisers:
         linears = [
-            s.module for s in resolved.sites if s.component == denoiser.component and isinstance(s.module, nn.Linear)
+            s.module
+            for s in resolved.sites
+            if s.component == denoiser.component and s not in resolved.weight_only and isinstance(s.module, nn.Linear)
         ]
         tokens = typical_tokens(denoiser)
-        factor = None if _is_fake(linears) else speedup(linears, tokens)
+        factor = None if not linears or _is_fake(linears) else speedup(linears, tokens)
         if factor is not None and factor < 1:
             note = f"{denoiser.component}: int8 linears measure {factor:.2f}x of the float speed here ({tokens} tokens)"
             warnings.warn(f"diffaccel: {note}; applied as asked", stacklevel=4)

@@ -26,6 +26,7 @@ class DiffAccelConfig(QuantizationConfigMixin):
         sites: which linears, as in `Quantize`. Ignored when quantized weights are loaded: those know themselves.
         weights: ``int8``.
         activations: ``int8``.
+        float_activations: as in `Quantize`; a saved model names its layers here.
         dtype: what the weights were before, such as ``bfloat16``; written when a model is saved. ``torch_dtype`` of
             ``from_pretrained`` goes before it.
 
@@ -38,16 +39,18 @@ class DiffAccelConfig(QuantizationConfigMixin):
         sites: str = Quantize.sites,
         weights: str = "int8",
         activations: str = "int8",
+        float_activations: str = Quantize.float_activations,
         dtype: str | None = None,
         quant_method: str = _Method.DIFFACCEL.value,
     ) -> None:
-        Quantize(sites=sites, weights=weights, activations=activations)
+        Quantize(sites=sites, weights=weights, activations=activations, float_activations=float_activations)
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise PlanError(f"DiffAccelConfig.dtype must name a torch dtype such as 'bfloat16', got {dtype!r}")
         self.quant_method = _Method(quant_method)
         self.sites = sites
         self.weights = weights
         self.activations = activations
+        self.float_activations = float_activations
         self.dtype = dtype
 
     @property

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from diffaccel.denoiser import Denoiser
+from diffaccel.denoiser import Denoiser, Site
 from diffaccel.errors import PlanError
+from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.linear import QuantizedLinear
+from diffaccel.quantization.section import Quantize
+from diffaccel.sites import SitePattern
 
 _MIN_FEATURES = 16
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,6 +53,12 @@ def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]], *, loaded: boo
     if min(layer.in_features, layer.out_features) < _MIN_FEATURES:
         return f"fewer than {_MIN_FEATURES} input or output features"
     return None
+
+
+def keeps_activations(settings: Quantize | DiffAccelConfig, site: Site) -> bool:
+    """Whether only the weights of ``site`` are quantized."""
+    pattern = settings.float_activations
+    return bool(pattern) and SitePattern(pattern).matches(site.role, site.component, site.name)
 
 
 def _is_ordinary(weight: nn.Parameter) -> bool:

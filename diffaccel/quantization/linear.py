@@ -1,4 +1,4 @@
-"""A linear that computes with int8 weights and activations, in place of the `nn.Linear` that it was."""
+"""A linear that computes with int8 weights, and mostly int8 activations, in place of the `nn.Linear` that it was."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class QuantizedLinear(nn.Linear):
         qweight: int8, plain [N, K] or blocked for oneDNN. scale: float32 [N].
         original: the weight before, [N, K]; only where the layer has a step range.
         bits: of the activations.
+        weight_only: whether activations are left as they come; the weight is then dequantised at every call.
         weight_dtype: what the weight was, and dequantises to.
         parked: where the original waits; None once it was let go.
         phase: None for a layer without a step range.
@@ -42,6 +43,7 @@ class QuantizedLinear(nn.Linear):
     scale: Tensor
     original: Tensor
     bits: int
+    weight_only: bool
     weight_dtype: torch.dtype
     parked: Parked | None
     phase: Phase | None
@@ -53,7 +55,8 @@ class QuantizedLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         if self.phase is not None and not self.phase.active:
             return F.linear(input, self.original, self.bias)
-        return int8_linear(input, PackedWeight(self.qweight, self.scale, "auto", self.bits), self.bias)
+        path = "dense" if self.weight_only else "auto"
+        return int8_linear(input, PackedWeight(self.qweight, self.scale, path, self.bits), self.bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -68,7 +71,8 @@ class QuantizedLinear(nn.Linear):
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weights=int8, activations=int{self.bits}"
+        activations = "float" if self.weight_only else f"int{self.bits}"
+        return f"{super().extra_repr()}, weights=int8, activations={activations}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves like any module, but the scale stays float32, and oneDNN's blocked form is made where it is used."""
@@ -132,9 +136,11 @@ def become_quantized(
     weight_dtype: torch.dtype,
     parked: Parked | None = None,
     phase: Phase | None = None,
+    *,
+    weight_only: bool = False,
 ) -> None:
     """Turn the plain ``layer`` into a `QuantizedLinear` with int8 ``qweight`` [N, K] and ``scale`` [N]."""
-    packed = pack(qweight, scale, _form(qweight))
+    packed = pack(qweight, scale, "dense" if weight_only else _form(qweight))
     original = layer._parameters["weight"]
     layer.__dict__.pop("forward", None)  # a leftover of removed hooks; resolve made sure that it is nothing else
     layer._parameters["weight"] = None  # keeps its place, and so the order of the state dict
@@ -143,6 +149,7 @@ def become_quantized(
     layer.register_buffer("qweight", packed.data)
     layer.register_buffer("scale", packed.scale)
     layer.bits, layer.weight_dtype, layer.parked, layer.phase = packed.bits, weight_dtype, parked, phase
+    layer.weight_only = weight_only
     if phase is not None and original is not None:
         layer.register_buffer("original", original.data, persistent=False)
 
@@ -152,7 +159,7 @@ def become_linear(layer: QuantizedLinear, weight: nn.Parameter | None) -> None:
     for name in ("qweight", "scale", "original"):
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
-    for name in ("bits", "weight_dtype", "parked", "phase"):
+    for name in ("bits", "weight_only", "weight_dtype", "parked", "phase"):
         layer.__dict__.pop(name, None)
     layer.__class__ = nn.Linear  # type: ignore[assignment]
     layer._parameters["weight"] = weight

@@ -9,13 +9,14 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from diffaccel.denoiser import Denoiser, select
+from diffaccel.denoiser import find_denoisers, select
 from diffaccel.errors import ModelError
 from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.quantization.config import DiffAccelConfig
-from diffaccel.quantization.eligible import parameter_users, why_not
+from diffaccel.quantization.eligible import keeps_activations, parameter_users, why_not
 from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized
 from diffaccel.quantization.register import register
+from diffaccel.quantization.section import Quantize
 from diffaccel.quantization.weight import dequantize_weight, plain
 
 
@@ -28,6 +29,7 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._saved: list[str] = []
         self._planned: set[str] = set()
+        self._weight_only: set[str] = set()
 
     @property
     def is_serializable(self) -> bool:
@@ -47,6 +49,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        (denoiser,) = find_denoisers(model)
+        self._weight_only = {s.name for s in denoiser.layers if keeps_activations(self.quantization_config, s)}
         if self.pre_quantized:
             for name in self._saved:
                 layer = model.get_submodule(name)
@@ -56,14 +60,12 @@ class DiffAccelQuantizer(DiffusersQuantizer):
                     )
                 shape = (layer.out_features, layer.in_features)
                 dtype = self.quantization_config.weight_dtype or layer.weight.dtype
-                _become(
-                    layer,
+                qweight, scale = (
                     torch.empty(shape, dtype=torch.int8, device="meta"),
                     torch.empty(shape[0], device="meta"),
-                    dtype,
                 )
+                self._become(name, layer, qweight, scale, dtype)
             return
-        denoiser = Denoiser.of(model, "transformer")
         sites = select([denoiser], self.quantization_config.sites, "layers")
         users = parameter_users([denoiser])
         self._planned = {s.name for s in sites if why_not(s.module, users, loaded=False) is None}
@@ -90,7 +92,7 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             qweight, scale = quantize_per_channel(param_value.to(target_device))
             if not scale.isfinite().all():
                 raise ModelError(f"{param_name} holds values that are not finite")
-            _become(layer, qweight, scale, param_value.dtype)
+            self._become(owner, layer, qweight, scale, param_value.dtype)
         else:  # diffusers has cast the scale to the model's dtype; the file has it in float32
             layer._buffers[name] = state_dict[param_name].to(target_device)
 
@@ -103,9 +105,14 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             dtype = layer.weight_dtype if layer.bias is None else layer.bias.dtype
             qweight, scale = layer.qweight, layer.scale
             become_linear(layer, None)
-            _become(layer, qweight, scale, dtype)  # in the form that is fastest here, one layer at a time
+            self._become(name, layer, qweight, scale, dtype)  # in the form that is fastest here, one layer at a time
         self.quantization_config.dtype = self.quantization_config.dtype or str(model.dtype).removeprefix("torch.")
         return model
+
+    def _become(self, name: str, layer: nn.Module, qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            become_quantized(layer, plain(qweight), scale, dtype, weight_only=name in self._weight_only)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in model.modules():
@@ -115,21 +122,20 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         return model
 
 
-def mark_quantized(model: nn.Module, sites: str) -> None:
+def mark_quantized(model: nn.Module, settings: Quantize) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
-    dtypes = {str(m.weight_dtype).removeprefix("torch.") for m in model.modules() if isinstance(m, QuantizedLinear)}
-    config = DiffAccelConfig(sites=sites, dtype=min(dtypes))
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    config = DiffAccelConfig(
+        sites=settings.sites,
+        # by name: what was saved may come from several sections
+        float_activations=" ".join(f"*.{name}" for name, layer in layers.items() if layer.weight_only),
+        dtype=min(str(layer.weight_dtype).removeprefix("torch.") for layer in layers.values()),
+    )
     if isinstance(model, ConfigMixin):
         model.register_to_config(quantization_config=config)
     model.hf_quantizer = DiffAccelQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
-
-
-def _become(layer: nn.Module, qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    assert isinstance(layer, nn.Linear)
-    with torch.no_grad():
-        become_quantized(layer, plain(qweight), scale, dtype)
 
 
 register()
