@@ -5,7 +5,8 @@
     python bench/step_cache.py --thresholds .03 .05 .08 --forecasts hold trend
 
 Every prompt runs alone; all rows take turns, so that drift of the machine cancels. PSNR in dB against the unaccelerated
-output of the same seed, on floats in [0, 1]: mean over prompts and mean of the worst tenth.
+output of the same seed, on floats in [0, 1]: mean over prompts and mean of the worst tenth. Settings may be chosen by
+these numbers: the prompts are not those that README's table reports on.
 """
 
 import argparse
@@ -26,7 +27,7 @@ FORECASTS = ("hold", "residual", "linear", "trend")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("image", "video", "both"), default="both")
-    parser.add_argument("--prompts", type=int, default=16, help="how many of the prompts that ship")
+    parser.add_argument("--prompts", type=int, default=16, help="how many of the tuning prompts")
     parser.add_argument("--thresholds", type=float, nargs="+", default=(0.03, 0.05, 0.08, 0.12))
     parser.add_argument("--forecasts", nargs="+", choices=FORECASTS, default=FORECASTS)
     parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these")
@@ -55,7 +56,7 @@ def run(kind: str, options: argparse.Namespace) -> None:
         plans = {name: plan for name, plan in plans.items() if any(part in name for part in options.rows)}
     folder = f"{options.folder}/{kind}" if options.folder else None
     controls = CONTROLS[kind] if options.controls is None else options.controls
-    prompts = known.prompts()[: options.prompts]
+    prompts = known.tuning_prompts()[: options.prompts]
     Console().print(compare(wrapped, plans, prompts, controls=controls, folder=folder))
 
 

@@ -46,13 +46,19 @@ def test_committed_lists_are_what_the_script_writes():
     for name, lines in heldout.prompts().items():
         assert (heldout.PROMPTS / name).read_text().splitlines() == lines
         assert len(set(lines)) == len(lines)
-    assert [len(lines) for lines in heldout.prompts().values()] == [256, 128]
+    assert [len(lines) for lines in heldout.prompts().values()] == [256, 128, 64, 64]
 
 
 @pytest.mark.parametrize("name", ["image", "video"])
 def test_every_evaluation_prompt_asks_for_a_held_out_combination(name):
     for line in (heldout.PROMPTS / f"heldout_{name}.txt").read_text().splitlines():
         assert heldout.is_held_out(parse(line)), line
+
+
+@pytest.mark.parametrize("name", ["image", "video"])
+def test_settings_are_chosen_on_other_combinations(name):
+    for line in (heldout.PROMPTS / f"tuning_{name}.txt").read_text().splitlines():
+        assert not heldout.is_held_out(parse(line)), line
 
 
 def test_captions_are_read_back():

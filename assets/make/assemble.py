@@ -132,11 +132,16 @@ def _short(value: Any) -> str:
 
 
 def assemble_all(work: Path) -> bool:
-    """Stage: every asset into ``work/assembled``."""
+    """Stage: every asset whose training is done into ``work/assembled``; True if that is all of them."""
     out = work / "assembled"
-    for kind, name in NAMES.items():
-        assemble(work, kind, out / name)
-    assemble_evaluator(work, out / EVALUATOR)
+    trained = [kind for kind in NAMES if (work / f"denoiser-{kind}" / "done.json").exists()]
+    for kind in trained:
+        assemble(work, kind, out / NAMES[kind])
+    evaluator = (work / "evaluator" / "done.json").exists()
+    if evaluator:
+        assemble_evaluator(work, out / EVALUATOR)
+    if len(trained) < len(NAMES) or not evaluator:
+        return False
     sizes = {p.name: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) for p in sorted(out.iterdir())}
     (work / "assemble").mkdir(exist_ok=True)
     write_record(work / "assemble", "assemble", 0.0, 0.0, {"megabytes": {k: v / 1e6 for k, v in sizes.items()}})
@@ -144,7 +149,7 @@ def assemble_all(work: Path) -> bool:
 
 
 def install_all(work: Path) -> None:
-    """Replaces the folders in ``assets/`` by the assembled ones."""
+    """Replaces the folders in ``assets/`` by those that are assembled."""
     for folder in sorted((work / "assembled").iterdir()):
         target = ASSETS / folder.name
         shutil.rmtree(target, ignore_errors=True)

@@ -1,7 +1,9 @@
-"""Combinations that are kept for evaluation and never drawn in training, and the prompts made of them.
+"""Combinations that are kept for evaluation and never drawn in training, and the prompt sets.
 
 ``python assets/make/heldout.py`` writes ``assets/prompts/heldout.json`` (the combinations), ``heldout_image.txt`` and
-``heldout_video.txt`` (prompts made of them), always the same by ``SEED``. Kept back are
+``heldout_video.txt`` (prompts made of them, to report on), ``tuning_image.txt`` and ``tuning_video.txt`` (prompts of
+other combinations, to choose settings on), always the same by ``SEED``. The lines are shuffled, so that the first few
+are a fair sample. Kept back are
 
 - of each object with a place: (size, colour, shape, place), one in seven;
 - of two objects in one picture: {(colour, shape), (colour, shape)} under whichever relation, one in ten;
@@ -11,6 +13,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
@@ -24,6 +27,7 @@ PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
 SEED = 20251122
 IMAGE_PROMPTS = (160, 96)  # of one object, of two
 VIDEO_PROMPTS = 128
+TUNING_PROMPTS = 64
 
 
 def choose() -> dict[str, list[Any]]:
@@ -63,10 +67,18 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def prompts() -> dict[str, list[str]]:
-    """The evaluation prompts by file name, none twice."""
+    """The prompt sets by file name, no line twice."""
     from diffaccel.assets.make import world  # world reads the list that this module writes
 
     rng = np.random.default_rng(SEED + 1)
+    tuning_rng = np.random.default_rng(SEED + 2)
+
+    def tuning(draw: Callable[[np.random.Generator], Scene]) -> list[str]:
+        found: dict[str, None] = {}
+        while len(found) < TUNING_PROMPTS:
+            found[world.describe(draw(tuning_rng), tuning_rng)] = None
+        return list(found)
+
     image: dict[str, None] = {}
     for pairs, count in zip((0.0, 1.0), IMAGE_PROMPTS, strict=True):
         goal = len(image) + count
@@ -75,7 +87,14 @@ def prompts() -> dict[str, list[str]]:
     video: dict[str, None] = {}
     while len(video) < VIDEO_PROMPTS:
         video[world.describe(world.draw_moving_scene(rng, held_out=True), rng)] = None
-    return {"heldout_image.txt": list(image), "heldout_video.txt": list(video)}
+    lists = {"heldout_image.txt": list(image), "heldout_video.txt": list(video)}
+    for lines in lists.values():
+        rng.shuffle(lines)
+    return {
+        **lists,
+        "tuning_image.txt": tuning(world.draw_scene),
+        "tuning_video.txt": tuning(world.draw_moving_scene),
+    }
 
 
 def main() -> None:

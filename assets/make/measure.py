@@ -91,8 +91,7 @@ class Measurement:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.assembled = work / "assembled"
         lines = (PROMPTS / f"heldout_{'video' if kind == 'video' else 'image'}.txt").read_text().splitlines()
-        # evenly over the list, which has one-object prompts first
-        self.prompts = [lines[i] for i in np.linspace(0, len(lines) - 1, min(count, len(lines))).astype(int)]
+        self.prompts = lines[:count]
         self.file = self.folder / f"{kind}.jsonl"
         self.records: dict[tuple[str, str], dict[str, Any]] = {}
         if self.file.exists():
@@ -216,18 +215,24 @@ def _shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, Any]:
 
 
 def measure_all(work: Path, counts: tuple[int, int], seconds: float) -> bool:
-    """Stage: all pipelines; ``done.json`` holds the numbers, ``table.md`` shows them."""
+    """Stage: all pipelines that are assembled, for which ``table.md`` shows the numbers; True if that is every one.
+
+    ``done.json`` then holds the numbers.
+    """
     start, folder = time.monotonic(), work / "measure"
     evaluate = Evaluator(work / "assembled" / EVALUATOR)
     measured = {}
-    for kind in NAMES:
+    kinds = [kind for kind, name in NAMES.items() if (work / "assembled" / name).exists()]
+    for kind in kinds:
         measurement = Measurement(work, kind, counts[1] if kind == "video" else counts[0])
         if not measurement.run(evaluate, seconds - (time.monotonic() - start)):
             return False
         measured[kind] = measurement.summary(evaluate)
     write_text(folder / "table.md", table(measured))
-    write_record(folder, "measure", time.monotonic() - start, time.process_time(), {"measured": measured})
     print((folder / "table.md").read_text())
+    if len(kinds) < len(NAMES):
+        return False
+    write_record(folder, "measure", time.monotonic() - start, time.process_time(), {"measured": measured})
     return True
 
 

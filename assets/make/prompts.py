@@ -1,6 +1,6 @@
-"""Writes the prompt sets of the interim pipelines, `image.txt` and `video.txt`: ``python assets/make/prompts.py``.
+"""Writes the prompt sets of the interim video pipeline, to report and to choose settings on.
 
-Every line is drawn from the grammar that they were trained on, with a seed that training did not use. The prompts for
+Every line is drawn from the grammar that it was trained on, with a seed that training did not use. The prompts for
 what run.py trains, whose world is larger, are heldout.py's.
 """
 
@@ -13,18 +13,9 @@ SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink")
 BACKGROUNDS = ("white", "black", "gray", "brown")
 SIZES = ("small", "large")
-PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the center")
-PAIRS = (PLACES[:2], PLACES[1::-1], PLACES[2:4], PLACES[3:1:-1])
 MOTIONS = ("moving right", "moving left", "moving up", "moving down", "growing", "shrinking")
 COUNT = 64
 SEED = 20251121
-
-
-def image_prompt(rng: random.Random) -> str:
-    """One object, or with probability 0.35 two, each with size, colour, shape and place."""
-    places = rng.choice(PAIRS) if rng.random() < 0.35 else (rng.choice(PLACES),)
-    objects = [f"a {rng.choice(SIZES)} {rng.choice(COLORS)} {rng.choice(SHAPES)} {place}" for place in places]
-    return f"{' and '.join(objects)} on a {rng.choice(BACKGROUNDS)} background"
 
 
 def video_prompt(rng: random.Random) -> str:
@@ -36,12 +27,13 @@ def video_prompt(rng: random.Random) -> str:
 
 def main() -> None:
     folder = Path(__file__).resolve().parent.parent / "prompts"
-    for name, draw in (("image", image_prompt), ("video", video_prompt)):
-        rng = random.Random(SEED)
-        prompts: dict[str, None] = {}
-        while len(prompts) < COUNT:
-            prompts[draw(rng)] = None
-        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    rng = random.Random(SEED)
+    prompts: dict[str, None] = {}
+    while len(prompts) < 2 * COUNT:
+        prompts[video_prompt(rng)] = None
+    lines = list(prompts)
+    (folder / "video.txt").write_text("\n".join(lines[:COUNT]) + "\n")
+    (folder / "tuning_video_interim.txt").write_text("\n".join(lines[COUNT:]) + "\n")
 
 
 if __name__ == "__main__":
