@@ -32,7 +32,7 @@ def main() -> None:
     models = {name: PixArtTransformer2DModel.from_pretrained(path("shapes-image/transformer")).float() for name in rows}
     handles = [accelerate(models[name], plan) for name, plan in rows.items() if plan is not None]
     inputs = dict(
-        hidden_states=torch.randn(2, 4, 32, 32),
+        hidden_states=torch.randn(2, models["untouched"].config.in_channels, 32, 32),
         encoder_hidden_states=torch.randn(2, 32, 128),
         timestep=torch.full((2,), 500),
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
