@@ -8,11 +8,15 @@ first, which saturates without a word (255 * 127 * 2 > 32767): one-signed weight
 out wrong by up to 100 %. There activations get 7 bits, stored around 64 (127 * 127 * 2 < 32767). `activation_bits`
 says which holds; it is measured, not looked up.
 
-Off the CPU this is `torch._int_mm` (CUDA) or a dense product with dequantised weights.
+On CUDA this is `torch._int_mm`, our Triton kernels (`token_quantize`, `int8_gemm`) or a dense product with dequantised
+weights; elsewhere the latter.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +118,8 @@ def pack(qweight: Tensor, scale: Tensor, candidate: str = "auto") -> PackedWeigh
 
     Args:
         candidate: "auto": blocked for oneDNN on the CPU, plain elsewhere, and the candidates that can read it are
-            measured at each shape class. "onednn", "int_mm" or "dense" (weights dequantised at every call, activations
-            not quantised) fixes one.
+            measured at each shape class. "onednn", "int_mm", "triton" or "dense" (weights dequantised at every call,
+            activations not quantised) fixes one.
 
     Raises:
         ValueError: Wrong dtype or shape, or a candidate that does not exist here or saturates on this CPU.
@@ -187,6 +191,15 @@ def _int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits:
     return y.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y, row_scale, out=y)
 
 
+def _triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+    with triton_errors():
+        from diffaccel.kernels.int8_gemm import int8_gemm
+        from diffaccel.kernels.token_quantize import token_quantize
+
+        q, row_scale = token_quantize(x)
+        return int8_gemm(q, weight, row_scale, scale, bias, x.dtype)
+
+
 def _dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
     # float32 on the CPU, where half-precision matmul is slower.
     dtype = torch.float32 if x.device.type == "cpu" else x.dtype
@@ -194,7 +207,29 @@ def _dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: 
     return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
-_RUN = {"onednn": _onednn, "int_mm": _int_mm, "dense": _dense}
+_RUN = {"onednn": _onednn, "int_mm": _int_mm, "triton": _triton, "dense": _dense}
+
+
+@contextmanager
+def triton_errors() -> Iterator[None]:
+    """Makes whatever Triton raises (no C compiler, no Python headers, a compiler bug) a ``RuntimeError``.
+
+    That only disqualifies the candidate.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{type(error).__name__} in Triton: {error}") from error
+
+
+@lru_cache(maxsize=16)
+def has_triton(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether Triton kernels that need this compute capability run on ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= capability
 
 
 def _plain(weight: Tensor) -> Tensor:
@@ -210,15 +245,17 @@ def _paths(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu":
         bits = activation_bits()
         return tuple(path for path in _PATHS if path == "dense" or _exact(path, bits))
-    return ("int_mm", "dense") if device.type == "cuda" else ("dense",)
+    if device.type != "cuda":
+        return ("dense",)
+    return ("int_mm", "triton", "dense") if has_triton(device, (8, 0)) else ("int_mm", "dense")
 
 
 def _resolve(x: Tensor, weight: Tensor, bits: int) -> str:
     """The candidate for ``x`` [M, K], among those that can read this form of the weight."""
     (M, K), N = x.shape, weight.shape[1] if weight.is_mkldnn else weight.shape[0]
     names = [path for path in _paths(x.device) if path == "dense" or (path == "onednn") == weight.is_mkldnn]
-    if x.device.type == "cuda" and (M <= 16 or K % 8 or N % 8):  # what cuBLASLt takes
-        names = ["dense"]
+    if x.device.type == "cuda" and (M <= 16 or K % 8 or N % 8):  # what cuBLASLt does not take
+        names.remove("int_mm")
     if names == ["dense"]:
         return "dense"
     tokens = token_bucket(M)
@@ -228,7 +265,7 @@ def _resolve(x: Tensor, weight: Tensor, bits: int) -> str:
 
 def _trial(M: int, K: int, N: int, like: Tensor, names: list[str], bits: int) -> Trial:
     """Gaussian data, half of it one-signed or nearly constant: the pattern that saturates."""
-    x, weight = _saturating(M, K, N, like.device)
+    x, weight = saturating_data(M, K, N, like.device)
     x = x.to(like.dtype)
     qweight, scale = quantize_per_channel(weight)
     packed = {path: pack(qweight, scale, path).data for path in names}
@@ -248,7 +285,7 @@ def _trial(M: int, K: int, N: int, like: Tensor, names: list[str], bits: int) ->
     )
 
 
-def _saturating(M: int, K: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def saturating_data(M: int, K: int, N: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """``x`` [M, K] and ``weight`` [N, K]: by row gaussian, positive, negative, nearly constant."""
     generator = torch.Generator(device).manual_seed(M * 31 + K * 7 + N)  # its own: the user's noise stays as it is
     x, weight = (torch.randn(rows, K, generator=generator, device=device) for rows in (M, N))
@@ -264,7 +301,7 @@ def _exact(path: str, bits: int) -> bool:
     """Whether a CPU path sums ``bits``-bit activations exactly, tried on full-scale rows of every sign."""
     with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
         for M, K, N in ((1, 64, 16), (9, 67, 33), (64, 1152, 64)):
-            x, weight = _saturating(M + 4, K, N + 4, torch.device("cpu"))
+            x, weight = saturating_data(M + 4, K, N + 4, torch.device("cpu"))
             x, qweight = x[-M:].contiguous(), quantize_per_channel(weight)[0]
             ones = torch.ones(N + 4)
             try:

@@ -207,7 +207,7 @@ def test_a_saturating_kernel_is_left_out():
     module = sys.modules["diffaccel.kernels.int8_linear"]
     names = ["onednn", "dense"]
     trial = module._trial(16, 64, 24, torch.zeros(16, 64), names, activation_bits())
-    x, weight = module._saturating(16, 64, 24, CPU)
+    x, weight = module.saturating_data(16, 64, 24, CPU)
     wrong = saturating(x, *quantize_per_channel(weight), None, 8)
     assert trial.error(wrong) > 100 * trial.tolerance["onednn"]
     assert trial.error(trial.runs["dense"]()) < trial.tolerance["dense"]
