@@ -93,7 +93,7 @@ def test_bad_plan(refused, tmp_path, case, command):
         (("--prompts", "none.txt"), "cannot read prompts from 'none.txt': No such file"),
         (("--prompts", "empty.txt"), "holds no prompts"),
         (("--prompts", "wrong.json"), "prompt 1 must be a text, got int 7"),
-        (("--prompts", "object.json"), "must hold a JSON list of texts, got dict"),
+        (("--prompts", "object.json"), "prompt a must be a text, got int 1"),
         (("-p", CIRCLE, "--plan", "blanced"), "no preset 'blanced'; did you mean 'balanced'?"),
         (("-p", CIRCLE, "--plan", "plans/none"), "no plan at 'plans/none'"),
         (("-p", CIRCLE, "-m", "bundled:imag"), "did you mean 'bundled:image'?"),

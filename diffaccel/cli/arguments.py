@@ -59,35 +59,6 @@ def plan_identity(plan: Plan | str | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_prompts(file: Path) -> list[str]:
-    """One prompt per line; empty lines and those that begin with # are left out. A .json file holds a list of texts.
-
-    Raises:
-        InputError: the file cannot be read or holds no prompts.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read prompts from {str(file)!r}: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if file.suffix == ".json":
-        try:
-            prompts = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{str(file)!r} is not JSON: {error}") from None
-        if not isinstance(prompts, list):
-            raise InputError(f"{str(file)!r} must hold a JSON list of texts, got {type(prompts).__name__}")
-        for i, prompt in enumerate(prompts):
-            if not isinstance(prompt, str):
-                raise InputError(f"{str(file)!r}: prompt {i} must be a text, got {type(prompt).__name__} {prompt!r}")
-    else:
-        prompts = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise InputError(f"{str(file)!r} holds no prompts; write one per line")
-    return prompts
-
-
 def read_size(text: str | None) -> tuple[int, int] | None:
     """``512`` or ``832x480`` (width x height).
 

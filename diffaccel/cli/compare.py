@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_plan, read_prompts, read_size
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_plan, read_size
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 from diffaccel.errors import InputError
+from diffaccel.pipelines.prompts import read_prompts
 
 EXAMPLES = """
 [bold]Examples[/]

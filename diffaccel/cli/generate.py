@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, plan_identity, read_plan, read_prompts, read_size
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, plan_identity, read_plan, read_size
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 from diffaccel.errors import InputError
+from diffaccel.pipelines.prompts import read_prompts
 
 if TYPE_CHECKING:
     from diffaccel.pipelines import Bundled, Job, Result, Wrapped
