@@ -67,8 +67,9 @@ class BlockPattern:
 
     @property
     def density(self) -> float:
-        """Kept fraction of the blocks."""
-        return self.kv_num_blocks.sum().item() / self.keep.numel()
+        """Kept fraction of the blocks. Reads host tensors only."""
+        first, last = self.ranges.long()[:, 0::2], self.ranges.long()[:, 1::2]
+        return ((last - first).prod(1).sum() + self.rows[:, 1].sum()).item() / self.keep.numel()
 
     @property
     def whole(self) -> bool:

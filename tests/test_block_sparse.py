@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffaccel.kernels import block_flex
+from diffaccel.kernels import _candidates, block_choice, block_flex
 from diffaccel.kernels.block_sparse import (
     BlockPattern,
     block_sparse_attention,
@@ -297,6 +297,83 @@ def test_environment_chooses(monkeypatch):
     monkeypatch.setenv("DIFFACCEL_KERNELS", "block_sparse_attention=quick")
     with pytest.raises(ValueError, match="unknown path 'quick'"):
         block_sparse_attention(q, k, v, pattern)
+
+
+@pytest.mark.parametrize("kind", ["none", "key padding", "additive per head"])
+def test_triton_where_asked_for(kind, monkeypatch):
+    pytest.importorskip("triton")
+    q, k, v = inputs(1, 2, 1, 40, 50, Dv=24)
+    keep, mask = random_blocks(2, 40, 50, 16), random_mask(kind, 1, 2, 40, 50, q.dtype)
+    pattern = BlockPattern.from_mask(keep, 16)
+    monkeypatch.setenv("DIFFACCEL_KERNELS", "block_sparse_attention=triton")
+    assert str(path_for(q, k, v, pattern, mask)) == "Triton kernel (set by DIFFACCEL_KERNELS)"
+    result = block_sparse_attention(q, k, v, pattern, attn_mask=mask, enable_gqa=True)
+    check(result, expected(q, k, v, keep, 16, mask), q.dtype)
+
+
+def test_what_triton_cannot_do_is_named():
+    q, k, v = inputs(1, 2, 2, 40, 40)
+    doubles, wide = [x.double() for x in (q, k, v)], inputs(1, 2, 2, 40, 40, Dv=320)
+    for tensors, size, reason in [
+        (doubles, 16, "no Triton kernel for torch.float64"),
+        (wide, 16, "no Triton kernel for heads larger than 256"),
+        ((q, k, v), 8, "no Triton kernel for blocks of 8"),
+    ]:
+        pattern = BlockPattern.from_mask(random_blocks(1, 40, 40, size), size)
+        assert str(path_for(*tensors, pattern, path="triton")) == f"gathered blocks ({reason})"
+    pattern = BlockPattern.from_mask(random_blocks(1, 40, 40, 16), 16)
+    result = block_sparse_attention(q, k, v, pattern, scale=-0.3, path="triton")
+    check(result, expected(q, k, v, pattern.keep, 16, scale=-0.3), q.dtype)
+
+
+def test_candidates_on_cuda(monkeypatch):
+    monkeypatch.setattr(block_choice, "triton_refused", lambda *arguments: None)
+    monkeypatch.setattr(block_choice, "refused", lambda *arguments: None)
+    q, k, v = inputs(1, 5, 5, 40, 40)
+    call = (q, k, v, BlockPattern.from_mask(random_blocks(1, 40, 40, 16), 16), None, None)
+    assert block_choice.candidates(*call) == ("triton", "flex", "dense")
+    monkeypatch.setattr(block_choice, "_MASK_ELEMENTS", 40 * 40 - 1)
+    assert block_choice.candidates(*call) == ("triton", "flex", "blocks")
+    monkeypatch.setattr(block_choice, "_FLEX_TRIALS", 0)  # enough was compiled
+    assert block_choice.candidates(*call) == ("triton", "blocks")
+    monkeypatch.setattr(block_choice, "triton_refused", lambda *arguments: "old card")
+    assert block_choice.candidates(*call) == ("blocks",)
+
+
+@pytest.mark.parametrize("rows", ["all", "sampled"])
+def test_only_correct_candidates_are_used(rows, monkeypatch):
+    class CompilationError(Exception):
+        pass
+
+    def broken(*arguments):
+        raise CompilationError("out of registers")
+
+    def wrong(q, k, v, pattern, attn_mask, scale):
+        return block_choice.dense(q, k, v, pattern, attn_mask, 0.1)
+
+    q, k, v = inputs(1, 2, 2, 72, 72)
+    pattern = BlockPattern.from_mask(random_blocks(2, 72, 72, 16), 16)
+    mask = random_mask("additive per head", 1, 2, 72, 72, q.dtype)
+    if rows == "sampled":
+        monkeypatch.setattr(block_choice, "_MASK_ELEMENTS", 72 * 72)
+    monkeypatch.setattr(block_choice, "RUN", block_choice.RUN | {"triton": broken, "flex": wrong})
+    _candidates.forget()
+    with pytest.warns(RuntimeWarning) as warned:
+        chosen = block_choice.fastest(("triton", "flex", "dense"), q, k, v, pattern, mask, None)
+    assert str(chosen) == "dense (measured)"
+    messages = [str(warning.message) for warning in warned]
+    assert any("candidate triton failed" in m and "CompilationError: out of registers" in m for m in messages)
+    assert any("candidate flex is wrong" in m for m in messages)
+
+
+def test_nothing_is_timed_during_capture(monkeypatch):
+    for module in (_candidates, block_choice):
+        monkeypatch.setattr(module, "may_measure", lambda device: False)
+    q, k, v = inputs(1, 2, 2, 88, 88)
+    pattern = BlockPattern.from_mask(random_blocks(2, 88, 88, 16), 16)
+    assert (
+        str(block_choice.fastest(("triton", "dense"), q, k, v, pattern, None, None)) == "Triton kernel (not measured)"
+    )
 
 
 def test_mistakes_are_named():
