@@ -6,6 +6,7 @@ has to beat is the same pipeline with fewer steps at the same cost.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
@@ -22,9 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
 from diffaccel.eval.generate import Job, generate
+from diffaccel.eval.measures import Measure, measures_of, text_of
 from diffaccel.eval.meter import metered
-from diffaccel.eval.metrics.psnr import psnr
-from diffaccel.eval.metrics.ssim import ssim
 from diffaccel.eval.result import Result
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store, digest
@@ -57,6 +57,7 @@ def compare(
     controls: Sequence[str | int] = (FEWER_STEPS,),
     repeats: int = 1,
     *,
+    measures: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
     turn: int = 4,
     noise_floor: bool = False,
@@ -77,6 +78,7 @@ def compare(
         controls: ``"fewer steps"`` adds for each plan the step count whose measured loop time is nearest to the plan's;
             numbers add that many steps.
         repeats: how often every item is timed; fidelity is taken from the first.
+        measures: names of `diffaccel.eval.measures.MEASURES` to report beside PSNR and SSIM.
         folder: where results go as they come; an interrupted run goes on from there and loses at most the item in
             flight. None: a temporary folder that lives as long as the result.
         turn: prompts per row before the next row's turn. More = less attaching and warming up, drift cancels less.
@@ -84,15 +86,16 @@ def compare(
         progress: whether to show a bar.
 
     Raises:
-        InputError: a prompt, seed or control that cannot be used, or a folder with another comparison.
+        InputError: a prompt, seed, control or measure that cannot be used, or a folder with another comparison.
         PlanError: a plan does not fit, or the pipeline is already accelerated.
         ModelError: no denoiser in ``model``.
     """
     pipe = getattr(model, "pipe", model)
     plans = dict(plans) if isinstance(plans, Mapping) else {name: name for name in plans}
     calls = {**getattr(model, "defaults", {}), **(calls or {})}
-    request = Request(pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor)
+    request = Request(pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor, tuple(measures))
     request.check()
+    chosen = measures_of(measures, prompts)
     settings, steps = request.settings(), request.steps
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with _apply(plan)(pipe):
@@ -105,7 +108,7 @@ def compare(
     if noise_floor:
         variants.append(Variant("noise floor", "noise floor", _other_threads, steps))
     with _bar(progress) as bar, quiet(pipe):
-        runner = _Runner(pipe, calls, store, bar, total=len(variants) * len(jobs) * repeats)
+        runner = _Runner(pipe, calls, store, chosen, bar, total=len(variants) * len(jobs) * repeats)
         automatic = FEWER_STEPS in controls and steps is not None
         turns = [jobs[i : i + turn] for i in range(0, len(jobs), turn)]
         rounds = range(repeats)
@@ -122,14 +125,22 @@ def compare(
         restored = runner.is_restored(jobs[0])
     if not restored:
         warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
-    return result_of(store, variants, list(plans) if automatic else [], jobs, conditions_of(settings), restored)
+    return result_of(store, variants, chosen, list(plans) if automatic else [], jobs, conditions_of(settings), restored)
 
 
 class _Runner:
     """Runs rows on jobs, leaving out what the store already holds."""
 
-    def __init__(self, pipe: Any, calls: Mapping[str, Any], store: Store, bar: Progress, total: int) -> None:
-        self._pipe, self._calls, self._store = pipe, calls, store
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Mapping[str, Any],
+        store: Store,
+        measures: Sequence[Measure],
+        bar: Progress,
+        total: int,
+    ) -> None:
+        self._pipe, self._calls, self._store, self._measures = pipe, calls, store, measures
         self._bar = bar
         self._task = bar.add_task("comparing", total=total)
         self._turns = 0
@@ -173,25 +184,32 @@ class _Runner:
 
     def _measure(self, variant: Variant, job: Job, repeat: int, calls: Mapping[str, Any]) -> None:
         sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
-        scores: dict[str, Any] = {}
-        if variant.kind != "reference":
-            reference = self._store.load(REFERENCE, job.index)
+        facts: dict[str, Any] = {}
+        reference = None if variant.kind == "reference" else self._store.load(REFERENCE, job.index)
+        if reference is not None:
             if sample.shape != reference.shape:
                 raise InputError(f"{variant.name}: output {sample.shape}, reference {reference.shape}: not comparable")
-            identical = np.array_equal(sample, reference)
-            # JSON has no infinity: an identical sample has no dB.
-            scores = {"identical": identical, "psnr": None if identical else psnr([sample], [reference]).item()}
-            scores["ssim"] = ssim([sample], [reference]).item()
+            facts["identical"] = np.array_equal(sample, reference)
+        facts["scores"] = {
+            m.name: _finite(m.compute(sample, reference if m.fidelity else text_of(job.prompt)))
+            for m in self._measures
+            if reference is not None or not m.fidelity
+        }
         if not self._store.records("item", row=variant.name, item=job.index):
             self._store.save(variant.name, job.index, sample)
         key = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
-        self._store.append(kind="item", **key, **scores, **cost.__dict__)
+        self._store.append(kind="item", **key, **facts, **cost.__dict__)
         self._bar.advance(self._task)
 
     def is_restored(self, job: Job) -> bool:
         """Whether the pipeline as it now is gives the reference output to the bit."""
         self._bar.update(self._task, description="checking")
         return np.array_equal(generate(self._pipe, job, self._calls), self._store.load(REFERENCE, job.index))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: an identical sample has no dB."""
+    return value if math.isfinite(value) else None
 
 
 def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], when: str) -> list[Variant]:

@@ -157,7 +157,7 @@ def _show(axis: Any, picture: np.ndarray, caption: str, size: int = 8) -> None:
 
 def _typical(result: Result, name: str) -> int:
     items = _store(result).records("item", row=name)
-    ordered = sorted(items, key=lambda r: PSNR_CAP if r["psnr"] is None else r["psnr"])
+    ordered = sorted(items, key=lambda r: PSNR_CAP if r["scores"]["psnr"] is None else r["scores"]["psnr"])
     return int(ordered[len(ordered) // 2]["item"])
 
 

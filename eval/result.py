@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from diffaccel.eval.measures import FIDELITY, Score
 from diffaccel.eval.metrics.psnr import PSNR_CAP
-from diffaccel.eval.metrics.samples import Summary
 from diffaccel.eval.store import Store
 from diffaccel.eval.timing import Ratio
 
@@ -35,7 +35,8 @@ class Row:
         call_seconds: likewise of the whole call.
         speedup: of the denoising loop against the reference timed in the same turns, with a 95 % interval. Ratios, not
             seconds, are comparable between rows: a control that joined late has the reference run beside it again.
-        psnr, ssim: fidelity to the reference; None for the reference itself. Identical samples count as `PSNR_CAP` dB.
+        scores: by measure; fidelities (``psnr``, ``ssim``) are missing from the reference itself. Identical samples
+            count as `PSNR_CAP` dB.
         identical: samples equal to the reference to the bit.
         peak_bytes: largest over the calls. On the CPU the resident set of the whole process, earlier rows' leftovers
             included, so a later row never shows less than it needs.
@@ -53,8 +54,7 @@ class Row:
     loop_seconds: float
     call_seconds: float
     speedup: Ratio
-    psnr: Summary | None
-    ssim: Summary | None
+    scores: Mapping[str, Score]
     identical: int
     peak_bytes: int
     model_bytes: int
@@ -62,13 +62,15 @@ class Row:
     notes: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def psnr(self) -> Score | None:
+        """None for the reference."""
+        return self.scores.get("psnr")
+
     def to_dict(self) -> dict[str, Any]:
-        body = dict(self.__dict__)
-        body["speedup"] = self.speedup.to_dict()
-        for name in ("psnr", "ssim"):
-            value: Summary | None = getattr(self, name)
-            body[name] = None if value is None else value._asdict()
-        return body
+        """JSON-ready."""
+        scores = {name: score.to_dict() for name, score in self.scores.items()}
+        return {**self.__dict__, "speedup": self.speedup.to_dict(), "scores": scores}
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,15 @@ class Result:
             box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title=self._title(), title_justify="left", title_style=""
         )
         table.add_column("", overflow="fold", min_width=9)
-        for name in _COLUMNS:
+        more = dict.fromkeys(name for row in self.rows for name in row.scores if name not in FIDELITY)
+        for name in (*_COLUMNS, *(f"{name}\n95 % interval" for name in more)):
             table.add_column(name, justify="right", no_wrap=True)
         for row in self._ordered():
-            table.add_row(*_cells(row), style="dim" if row.kind in ("control", "noise floor") else "")
+            table.add_row(
+                *_cells(row),
+                *(_score(row.scores.get(name)) for name in more),
+                style="dim" if row.kind in ("control", "noise floor") else "",
+            )
         return table
 
     def _ordered(self) -> list[Row]:
@@ -167,8 +174,12 @@ class Result:
         return Group(self.table(), *(Text(line, style="dim") for line in lines))
 
 
+def _score(score: Score | None) -> str:
+    return "-" if score is None else f"{score.mean:.3g} [{score.low:.3g}, {score.high:.3g}]"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    ratio, psnr, ssim = row.speedup, row.psnr, row.ssim
+    ratio, psnr, ssim = row.speedup, row.psnr, row.scores.get("ssim")
     return (
         f"  {row.name}" if row.kind == "control" else row.name,
         "-" if row.steps is None else str(row.steps),

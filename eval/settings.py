@@ -38,6 +38,7 @@ class Request:
     repeats: int
     turn: int
     noise_floor: bool
+    measures: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int | None:
@@ -101,6 +102,7 @@ class Request:
             "repeats": self.repeats,
             "turn": self.turn,
             "noise_floor": self.noise_floor,
+            "measures": list(self.measures),
             "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffaccel.eval.generate import Job
-from diffaccel.eval.metrics.psnr import PSNR_CAP
-from diffaccel.eval.metrics.samples import summarise
+from diffaccel.eval.measures import Measure, Score, score
 from diffaccel.eval.result import Result, Row
 from diffaccel.eval.store import REFERENCE, Store
 from diffaccel.eval.timing import Ratio, nearest, speedup
@@ -51,6 +50,7 @@ def matching_steps(store: Store, variants: Sequence[RowSpec], plan: str) -> int:
 def result_of(
     store: Store,
     variants: Sequence[RowSpec],
+    measures: Sequence[Measure],
     matched: Sequence[str],
     jobs: Sequence[Job],
     conditions: Mapping[str, Any],
@@ -66,7 +66,7 @@ def result_of(
     rows = []
     for variant in variants:
         plans = control_of.get(variant.steps or -1, []) if variant.kind == "control" else []
-        rows.append(_row(store, variant, tuple(plans)))
+        rows.append(_row(store, variant, tuple(plans), _scores(store, variant, measures, jobs)))
     full = variants[0].steps
     notes = [r["text"] for r in store.records("note")]
     notes += [f"{plan}: no faster than the reference, so it has no control" for plan in control_of.get(full or -1, [])]
@@ -81,11 +81,35 @@ def _loops(store: Store, name: str) -> dict[tuple[int, int], float]:
     return {(r["item"], r["repeat"]): r["loop_seconds"] for r in store.records("item", row=name)}
 
 
-def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...]) -> Row:
+def _scores(store: Store, variant: RowSpec, measures: Sequence[Measure], jobs: Sequence[Job]) -> dict[str, Score]:
+    """Of each measure that the row has, from the first time that each item was run."""
+    prompts: dict[str, int] = {}
+    of_item = {job.index: prompts.setdefault(repr(job.prompt), len(prompts)) for job in jobs}
+    items, base = _first(store, variant.name), _first(store, REFERENCE)
+    scores = {}
+    for measure in measures:
+        if measure.fidelity and variant.name == REFERENCE:
+            continue
+        values = [_value(items[i], measure) for i in items]
+        paired = None if measure.fidelity or variant.name == REFERENCE else [_value(base[i], measure) for i in items]
+        scores[measure.name] = score(measure, values, [of_item[i] for i in items], paired)
+    return scores
+
+
+def _first(store: Store, row: str) -> dict[int, dict[str, Any]]:
+    """The first record of each item of a row."""
+    return {r["item"]: r for r in reversed(store.records("item", row=row))}
+
+
+def _value(record: Mapping[str, Any], measure: Measure) -> float:
+    value = record["scores"][measure.name]
+    return measure.cap if value is None else value
+
+
+def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...], scores: Mapping[str, Score]) -> Row:
     items = store.records("item", row=variant.name)
     turns = store.records("row", row=variant.name)
-    first = list({r["item"]: r for r in reversed(items)}.values())
-    scored = variant.kind != "reference"
+    first = list(_first(store, variant.name).values())
     report: dict[str, Any] = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
     notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
     digests = {r["item"]: r["digest"] for r in first}
@@ -99,9 +123,8 @@ def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...]) -> Row:
         loop_seconds=float(np.median([r["loop_seconds"] for r in items])),
         call_seconds=float(np.median([r["seconds"] for r in items])),
         speedup=speedup_of(store, variant.name),
-        psnr=summarise([PSNR_CAP if r["psnr"] is None else r["psnr"] for r in first], PSNR_CAP) if scored else None,
-        ssim=summarise([r["ssim"] for r in first], 1.0) if scored else None,
-        identical=sum(r["identical"] for r in first) if scored else len(first),
+        scores=scores,
+        identical=len(first) if variant.kind == "reference" else sum(r["identical"] for r in first),
         peak_bytes=max(r["peak_bytes"] for r in items),
         model_bytes=turns[-1]["model_bytes"],
         attach_seconds=float(np.median([t["attach_seconds"] for t in turns])),

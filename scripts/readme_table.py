@@ -116,7 +116,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    s, psnr = row["speedup"], row["psnr"]
+    s, psnr = row["speedup"], row["scores"].get("psnr")
     names = {"reference": "original", "control": f"*control: {row['name']}*"}
     name = names.get(row["kind"], f"**{row['name']}**")
     if psnr is None:

@@ -19,7 +19,7 @@ def psnr(samples: Any, reference: Any) -> Tensor:
         samples, reference: of the same shape, see `as_samples`.
 
     Returns:
-        float64 ``[N]`` in dB; infinite where a sample is identical. Sum up with ``summarise(db, PSNR_CAP)``.
+        float64 ``[N]`` in dB; infinite where a sample is identical. In a mean it counts as `PSNR_CAP`.
 
     Raises:
         ValueError: not samples, or of different shapes.

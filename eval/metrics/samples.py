@@ -1,4 +1,4 @@
-"""The one convention for images and videos that every metric accepts, and how per-sample values are summed up.
+"""The one convention for images and videos that every metric accepts.
 
 The first dimension, or a list, counts the *samples*; a video is one sample. Arrays have channels last, as diffusers'
 ``output_type="np"``; tensors have channels first, as ``output_type="pt"``. A single video ``[F, H, W, C]`` is therefore
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,30 +83,3 @@ def as_pairs(samples: Any, reference: Any) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape:
         raise ValueError(f"samples {list(a.shape)} and reference {list(b.shape)} differ in shape [N, F, C, H, W]")
     return a, b
-
-
-class Summary(NamedTuple):
-    """Per-sample values summed up.
-
-    Attributes:
-        mean: over all samples.
-        worst_decile: mean of the lowest tenth of the samples, rounded up (the lowest 2 of 16).
-        worst: the lowest.
-    """
-
-    mean: float
-    worst_decile: float
-    worst: float
-
-
-def summarise(values: Sequence[float] | Tensor, cap: float = math.inf) -> Summary:
-    """Mean, worst decile and worst of values of which higher is better; each counts as ``cap`` at most.
-
-    Raises:
-        ValueError: no values.
-    """
-    ordered = sorted(min(float(v), cap) for v in values)
-    if not ordered:
-        raise ValueError("nothing to sum up: no values")
-    lowest = ordered[: math.ceil(len(ordered) / 10)]
-    return Summary(math.fsum(ordered) / len(ordered), math.fsum(lowest) / len(lowest), ordered[0])

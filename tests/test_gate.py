@@ -1,0 +1,102 @@
+"""Measures summed up, and requirements that hold only where their bound does."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from diffaccel.errors import InputError
+from diffaccel.eval.gate import Requirement, judge, parse_requirements
+from diffaccel.eval.measures import MEASURES, Measure, measures_of, score
+from diffaccel.eval.timing import Ratio
+
+RUN = ("psnr", "ssim", "adherence")
+
+
+def row(speedup=2.0, model_bytes=100, **scores):
+    return SimpleNamespace(
+        speedup=Ratio(speedup, speedup - 0.2, speedup + 0.2, 9), model_bytes=model_bytes, scores=scores
+    )
+
+
+def test_a_score_caps_and_takes_the_lowest_tenth_rounded_up():
+    values = [math.inf, *range(30, 45)]  # 16 values: the lowest two make the worst decile
+    summary = score(MEASURES["psnr"], values, range(16))
+    assert (summary.worst_decile, summary.worst) == (30.5, 30)
+    assert summary.mean == pytest.approx((100 + sum(range(30, 45))) / 16)
+    assert summary.low < summary.bound < summary.mean < summary.high and summary.drop is None
+
+
+def test_where_lower_is_better_the_worst_are_the_highest():
+    flicker = Measure("flicker", compute=lambda sample, reference: 0.0, higher_is_better=False)
+    summary = score(flicker, range(20), range(20), [v + 1 for v in range(20)])
+    assert (summary.worst, summary.worst_decile) == (19, 18.5) and summary.mean < summary.bound < summary.high
+    assert summary.drop.value == -1 and summary.drop_bound == -1  # better by one everywhere
+
+
+def test_seeds_of_one_prompt_are_no_independent_evidence():
+    values = [0.0, 1.0] * 8
+    by_prompt = [p for p in range(8) for _ in range(2)]
+    apart = score(MEASURES["ssim"], values, range(16))
+    assert apart.low < 0.4
+    assert score(MEASURES["ssim"], values, by_prompt).low == 0.5  # every prompt has the mean 0.5
+
+
+def test_requirements_are_read():
+    assert parse_requirements("psnr>=36 & adherence_drop <= 0.03&speedup>=1.5", RUN) == [
+        Requirement("psnr", 36),
+        Requirement("adherence_drop", 0.03),
+        Requirement("speedup", 1.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psnr=36", "look like"),
+        ("", "look like"),
+        ("psnr>=36 &", "look like"),
+        ("psn>=36", "no 'psn'; did you mean 'psnr'"),
+        ("psnr_drop<=1", "no 'psnr_drop'"),
+        ("psnr<=36", "bounds the good side; write psnr >= 36"),
+        ("adherence_drop>=0", "write adherence_drop <= 0"),
+        ("psnr>=3.6.1", r"'3\.6\.1' is no number"),
+    ],
+)
+def test_requirements_that_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        parse_requirements(text, RUN)
+    with pytest.raises(InputError, match="ask for that measure too"):
+        parse_requirements("adherence>=0.5", ("psnr", "ssim"))
+
+
+def test_a_mean_above_the_limit_is_not_enough():
+    psnr = score(MEASURES["psnr"], [30.0, 44.0] * 4, range(8))
+    reference, plan = row(), row(psnr=psnr)
+    assert psnr.mean == 37
+    assert not judge(Requirement("psnr", 36), plan, reference).holds
+    assert judge(Requirement("psnr", 30), plan, reference).holds
+    assert "NOT met" in str(judge(Requirement("psnr", 36), plan, reference))
+    single = row(psnr=score(MEASURES["psnr"], [60.0], [0]))
+    assert not judge(Requirement("psnr", 1), single, reference).holds
+
+
+def test_drops_speed_and_memory():
+    right = [1.0] * 40
+    drop = score(MEASURES["adherence"], [0.0, *right[1:]], range(40), right)
+    plan, reference = row(adherence=drop, model_bytes=25), row()
+    assert drop.drop.value == pytest.approx(1 / 40)
+    assert judge(Requirement("adherence_drop", 0.1), plan, reference).holds
+    assert not judge(Requirement("adherence_drop", 0.03), plan, reference).holds
+    assert judge(Requirement("speedup", 1.8), plan, reference).holds
+    assert not judge(Requirement("speedup", 1.9), plan, reference).holds
+    assert judge(Requirement("memory", 0.25), plan, reference).holds
+    assert not judge(Requirement("memory", 0.24), plan, reference).holds
+
+
+def test_measures_are_checked_against_the_prompts():
+    assert [m.name for m in measures_of(["adherence"], ["a red circle"])] == list(RUN)
+    with pytest.raises(InputError, match="no measure 'adherance'; did you mean 'adherence'"):
+        measures_of(["adherance"], ["a red circle"])
+    with pytest.raises(InputError, match=r"adherence cannot judge by this prompt.*an astronaut"):
+        measures_of(["adherence"], ["a red circle", "an astronaut"])
