@@ -7,6 +7,9 @@ thousands of products of one sign that loses more than a percent. Here, as there
 32 rows), and float32 adds those sums.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton functions have no Python types)
+
 from __future__ import annotations
 
 import itertools
@@ -101,7 +104,7 @@ def _fp8_gemm(
     if y.numel() == 0:
         return y
     config = config_for(M, N, K, capability_of(q))
-    operands = [None if t is None else t.contiguous() for t in (q, weight, row_scale, scale, bias)]
+    operands = (t if t is None else t.contiguous() for t in (q, weight, row_scale, scale, bias))
     with device_of(q):
         _gemm_kernel[(tiles(M, N, config),)](
             *operands, y, M, N, K, **config.tiles, num_warps=config.warps, num_stages=config.stages

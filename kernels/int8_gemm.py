@@ -5,6 +5,9 @@
 Sums run in int32, exactly. Apart from the products this saves writing and reading the int32 sums, 4 bytes each way.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton functions have no Python types)
+
 from __future__ import annotations
 
 import itertools
@@ -147,8 +150,8 @@ def check(q: Tensor, weight: Tensor, row_scale: Tensor, scale: Tensor, bias: Ten
         got = [None if t is None else tuple(t.shape) for t in (q, weight, row_scale, scale, bias)]
         raise ValueError(f"expected q [..., K], weight [N, K], row_scale [..., 1], scale [N] and bias [N], got {got}")
     if q.dtype != dtype or weight.dtype != dtype or {row_scale.dtype, scale.dtype} != {torch.float32}:
-        got = [t.dtype for t in (q, weight, row_scale, scale)]
-        raise ValueError(f"expected q and weight {dtype}, row_scale and scale float32, got {got}")
+        dtypes = [t.dtype for t in (q, weight, row_scale, scale)]
+        raise ValueError(f"expected q and weight {dtype}, row_scale and scale float32, got {dtypes}")
 
 
 @torch.library.custom_op("diffaccel::int8_gemm", mutates_args=())
@@ -163,7 +166,7 @@ def _int8_gemm(
     if y.numel() == 0:
         return y
     config = config_for(M, N, K, capability_of(q))
-    operands = [None if t is None else t.contiguous() for t in (q, weight, row_scale, scale, bias)]
+    operands = (t if t is None else t.contiguous() for t in (q, weight, row_scale, scale, bias))
     with device_of(q):
         _gemm_kernel[(tiles(M, N, config),)](
             *operands, y, M, N, K, **config.tiles, num_warps=config.warps, num_stages=config.stages

@@ -11,6 +11,9 @@ A row that holds NaN or an infinity gets q = 0 and s = NaN or infinity, so that 
 rows are not touched by it.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton functions have no Python types)
+
 from __future__ import annotations
 
 import itertools
