@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import diffaccel
 from diffaccel.cli import app, main
 from diffaccel.pipelines.batch import MANIFEST
 
@@ -64,8 +65,6 @@ def test_video_with_plan(cli, tmp_path):
 
 
 def test_plan_by_path_prompts_from_a_file_and_a_start_image(cli, tmp_path):
-    import diffaccel
-
     diffaccel.Plan(caching=diffaccel.StepCache(threshold=0.3), name="mine").save(tmp_path / "mine")
     Image.new("RGB", (300, 200), "gray").save(tmp_path / "start.png")
     (tmp_path / "prompts.txt").write_text(f"# two\n{CIRCLE}\n\n{CIRCLE.replace('red', 'blue')}\n")
@@ -98,6 +97,20 @@ def test_compare(cli, tmp_path):
     assert pictures | {"result.json"} <= {p.name for p in (tmp_path / "c").iterdir()}
     assert all(min(Image.open(tmp_path / "c" / p).size) > 200 for p in pictures)
     assert json.loads((tmp_path / "c" / "result.json").read_text())["rows"] == data["rows"]
+
+
+def test_eval_with_requirements(cli, tmp_path):
+    arguments = ("eval", "-n", 3, "--steps", 3, "--size", 128, "--plan", "saved/", "--measure", "adherence", "-o", "e")
+    diffaccel.Plan().save(tmp_path / "saved")
+    code, out, err = cli(*arguments, "--require", "psnr>=99 & adherence_drop<=0", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert [r["holds"] for r in data["requirements"]] == [True, True]
+    assert set(data["rows"][1]["scores"]) == {"psnr", "ssim", "adherence"}
+    code, out, err = cli(*arguments, "--require", "speedup>=50")  # nothing is generated again
+    assert code == 1 and "speedup >= 50: NOT met" in out and err.count("comparing") == 0
+    code, out, err = cli(*arguments, "--require", "psnr>99")
+    assert code == 2 and "requirements look like" in err
 
 
 def test_inspect(cli, tmp_path):

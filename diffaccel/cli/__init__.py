@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from diffaccel.cli import compare, doctor, generate, inspect
+from diffaccel.cli import compare, doctor, evaluate, generate, inspect
 from diffaccel.cli.console import fail
 from diffaccel.errors import DiffAccelError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 

@@ -7,11 +7,13 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffaccel.cli.console import note
 from diffaccel.errors import InputError, PlanError, did_you_mean
+from diffaccel.pipelines.prompts import read_prompts
 
 if TYPE_CHECKING:
     from diffaccel.plan import Plan
@@ -57,6 +59,34 @@ def plan_identity(plan: Plan | str | None) -> str:
 
         digest.update(save({name: t.contiguous() for name, t in plan.artefacts.items()}))
     return digest.hexdigest()[:16]
+
+
+def chosen_prompts(model: str, file: Path | None, count: int) -> list[str]:
+    """The first ``count`` prompts of ``file``, or of the set that belongs to a bundled model.
+
+    Raises:
+        InputError: neither is there, or the file cannot be read.
+    """
+    from diffaccel.pipelines.bundled import BUNDLED
+
+    if file is None and model not in BUNDLED:
+        raise InputError(f"no prompts for {model}; give --prompts FILE with one per line")
+    texts = read_prompts(file) if file is not None else BUNDLED[model].prompts()
+    if count > len(texts):
+        note(f"{len(texts)} prompts, fewer than the {count} asked for")
+    return texts[:count]
+
+
+def call_arguments(steps: int | None, size: str | None, frames: int | None) -> dict[str, Any]:
+    """What these options mean as arguments of a pipeline's call.
+
+    Raises:
+        InputError: a size that is none.
+    """
+    wh = read_size(size)
+    calls = {"num_inference_steps": steps, "num_frames": frames}
+    calls |= {"width": wh[0], "height": wh[1]} if wh else {}
+    return {name: value for name, value in calls.items() if value is not None}
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:

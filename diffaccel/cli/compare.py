@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, read_plan, read_size
+from diffaccel.cli.arguments import Device, Dtype, Json, Model, call_arguments, chosen_prompts, read_plan
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 from diffaccel.errors import InputError
-from diffaccel.pipelines.prompts import read_prompts
 
 EXAMPLES = """
 [bold]Examples[/]
@@ -47,8 +46,8 @@ def compare(
     Every plan stands beside its control: the same pipeline with as many steps as cost the same time. Fidelity is
     measured against the unaccelerated output of the same prompt and seed.
     """
-    texts = _prompts(model, prompts, count)
-    wh = read_size(size)
+    texts = chosen_prompts(model, prompts, count)
+    calls = call_arguments(steps, size, frames)
     chosen: dict[str, Any] = {}
     for text in plan or ["balanced"]:
         one = read_plan(text)
@@ -63,9 +62,6 @@ def compare(
     from diffaccel.pipelines.loading import load
 
     wrapped = load(model, device=device, dtype=dtype)
-    calls = {"num_inference_steps": steps, "num_frames": frames}
-    calls |= {"width": wh[0], "height": wh[1]} if wh else {}
-    calls = {name: value for name, value in calls.items() if value is not None}
     result = run(wrapped, chosen, texts, seed or [0], calls, repeats=repeats, folder=output, progress=err.is_terminal)
     result.save(output / "result.json")
     pictures = [side_by_side(result, name, output / f"{slug(name)}.png") for name in chosen]
@@ -77,14 +73,3 @@ def compare(
         out.print(result)
     for picture in pictures:
         note(f"wrote {picture}")
-
-
-def _prompts(model: str, file: Path | None, count: int) -> list[str]:
-    from diffaccel.pipelines.bundled import BUNDLED
-
-    if file is None and model not in BUNDLED:
-        raise InputError(f"no prompts for {model}; give --prompts FILE with one per line")
-    texts = read_prompts(file) if file is not None else BUNDLED[model].prompts()
-    if count > len(texts):
-        note(f"{len(texts)} prompts, fewer than the {count} asked for")
-    return texts[:count]
