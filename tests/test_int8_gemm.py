@@ -102,7 +102,7 @@ def test_layouts_and_empty():
 
 
 def test_wrong_input_is_refused():
-    q, weight, row_scale, scale, bias = operands(6, 5, 40)
+    q, weight, row_scale, scale, _ = operands(6, 5, 40)
     for wrong in [
         (q[:, 1:], weight, row_scale, scale),
         (q, weight, row_scale[:, 0], scale),
