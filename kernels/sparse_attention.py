@@ -139,28 +139,33 @@ def _sparse_attention_kernel(
         tl.store(lse_ptr + (b * H + h) * N + query, lse, mask=query < N)
 
 
-def config_for(D: int, dtype: torch.dtype, block_size: int, capability: int, mask_rows: bool = False) -> Config:
-    """How to launch; found by compiling for every chip: the largest tiles without spilled registers.
+def config_for(
+    D: int, dtype: torch.dtype, block_size: int, capability: int, masked: bool = False, mask_rows: bool = False
+) -> Config:
+    """How to launch: the largest tiles for which the compiler keeps everything in registers on every chip.
 
     Args:
         D: head size, the larger of the two.
         capability: compute capability, 90 for 9.0.
-        mask_rows: there is a mask that differs between queries; its pointers need the registers of half a tile.
+        masked: there is a mask.
+        mask_rows: it differs between queries.
     """
-    # Many queries share a tile of keys, so that caches need not deliver it again: 128 where the results fit. 64 keys
-    # keep the tensor cores of sm_90 and sm_100 busy; before, 32 do and leave shared memory (99 KiB on sm_89 and sm_120)
-    # for a second program, whose products run while the first computes exponentials.
-    wide = capability // 10 in (9, 10)
-    if dtype == torch.float32:  # three products for one, from twice the memory
-        queries, keys, stages = (64, 32, 2) if D <= 64 else (32, 32, 2) if D <= 128 else (32, 16, 2)
-    elif D > 128 or mask_rows:
-        queries, keys, stages = (64, 32, 2)
-    else:
-        queries, keys, stages = (128, 64 if wide or D <= 64 else 32, 3)
     tile = block_size & -block_size  # the largest power of two that divides it
-    queries, keys = min(queries, tile), min(keys, tile)
-    # 16 rows a warp, the height of its product: up to D = 128 results take 64 registers a lane, beyond two share a row.
-    return Config({"BLOCK_M": queries, "BLOCK_N": keys}, warps=queries // 16 * (2 if D > 128 else 1), stages=stages)
+    if dtype == torch.float32:  # each product is three, and operands take twice the registers
+        queries, keys, stages = (32, 32, 2) if D <= 64 else (32, 16, 2) if D <= 128 else (16, 16, 2)
+        warps = 4 if D <= 128 else 8
+    else:
+        # The more queries share a tile of keys, the less the caches have to deliver: 128, at head size 128 in 64
+        # registers of each lane of 8 warps. 64 keys keep the tensor cores of sm_90 and sm_100 busy; the others have
+        # registers for 32, and 99 KiB of shared memory on sm_89 and sm_120. A mask takes registers too, for its
+        # pointers.
+        many = (capability // 10 in (9, 10) or D <= 64) and not masked
+        queries, keys, stages = (128, 64 if many else 32, 3)
+        if mask_rows or D > 128:
+            queries, keys, stages = (64, 32, 2)
+        # 16 rows a warp, the height of its product; of rows longer than 128 two warps take half each.
+        warps = min(queries, tile) // 16 * (2 if D > 128 else 1)
+    return Config({"BLOCK_M": min(queries, tile), "BLOCK_N": min(keys, tile)}, warps, stages)
 
 
 def sparse_attention(
@@ -232,9 +237,9 @@ def _op(
     lists = (0 if samples == 1 else heads * n, 0 if heads == 1 else n)
     mask = q if attn_mask is None else attn_mask.expand(B, H, N, M)
     kind = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "additive"
-    capability = 10 * torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 80
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
     mask_rows = kind != "none" and mask.stride(2) != 0
-    config = config_for(max(D, DV), q.dtype, block_size, capability, mask_rows)
+    config = config_for(max(D, DV), q.dtype, block_size, 10 * major + minor, kind != "none", mask_rows)
     with device_of(q):
         _sparse_attention_kernel[(triton.cdiv(N, config.tiles["BLOCK_M"]), H, B)](
             q, k, v, kv_num_blocks.contiguous(), kv_indices.contiguous(), mask, out, lse,
@@ -274,7 +279,9 @@ def _specimens() -> Iterator[Specimen]:
     cases += [(fp32, D, 128, mask, False) for D, mask in product(sizes, ("none", "additive"))]
     for (dtype, kind), D, block, mask, whole in cases:
         rows = mask in ("bool", "additive")
-        configs = {target: config_for(D, dtype, block, target, rows) for target in (80, 89, 90, 100, 120)}
+        configs = {
+            target: config_for(D, dtype, block, target, mask != "none", rows) for target in (80, 89, 90, 100, 120)
+        }
         strides = [f"stride_{x}{axis}" for x in "qkv" for axis in "bhn"]
         integers = [*strides, *(f"stride_m{axis}" for axis in "bhnm"), *"HNMm", "lists_b", "lists_h", "group"]
         types = dict.fromkeys(integers, "i32") | {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mutants import mutant
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from diffaccel.kernels import permute_tokens as module
@@ -67,6 +68,13 @@ def test_where_triton_cannot_run_the_reference_does(monkeypatch):
     monkeypatch.setattr(module, "runs_triton", lambda x: False)
     check(module, *inputs(2, 3, 20, 8, 3))
     torch.library.opcheck(module._op, inputs(1, 2, 10, 8, 1))
+
+
+def test_real_size_on_a_fake_gpu():
+    with FakeTensorMode():
+        x = torch.empty(2, 75600, 40, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        y = module.permute_tokens(x, torch.empty(40, 75600, device="cuda", dtype=torch.int32))
+    assert y.shape == x.shape and y.stride() == x.stride() and y.device.type == "cuda"
 
 
 def test_mistakes_are_named():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mutants import mutant
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 from diffaccel.kernels import sparse_attention as module
@@ -157,6 +158,16 @@ def test_where_triton_cannot_run_the_reference_does(monkeypatch):
     assert module.sparse_attention(*args)[1] is None and lse.shape == out.shape[:3]
 
 
+def test_real_size_on_a_fake_gpu():
+    with FakeTensorMode():
+        q, k, v = (torch.empty(1, 4608, 24, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+        num = torch.empty(1, 24, 72, device="cuda", dtype=torch.int32)
+        indices = torch.empty(1, 24, 72, 72, device="cuda", dtype=torch.int32)
+        out, lse = module.sparse_attention(q, k, v, num, indices, 64, return_lse=True)
+    assert out.shape == q.shape and out.stride() == q.stride() and out.device.type == "cuda"
+    assert lse.shape == (1, 24, 4608) and lse.dtype == torch.float32
+
+
 def test_mistakes_are_named():
     q, k, v, num, indices, size = arguments(1, 2, 2, 40, 40, 2, 16, 16, 16)
     for wrong, message in [
@@ -174,8 +185,10 @@ def test_tiles_divide_the_block(block_size):
     for capability in (80, 89, 90, 100, 120):
         for D in (32, 64, 128, 256):
             for dtype in TOLERANCE:
-                tiles = module.config_for(D, dtype, block_size, capability).tiles
-                assert all(block_size % tile == 0 and tile >= 16 for tile in tiles.values())
+                for masks in [(False, False), (True, False), (True, True)]:
+                    config = module.config_for(D, dtype, block_size, capability, *masks)
+                    assert all(block_size % tile == 0 and tile >= 16 for tile in config.tiles.values())
+                    assert config.warps in (1, 2, 4, 8)
 
 
 FAULTS = {
