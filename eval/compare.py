@@ -25,6 +25,7 @@ from diffaccel.errors import InputError
 from diffaccel.eval.generate import Job, generate
 from diffaccel.eval.measures import Measure, measures_of, text_of
 from diffaccel.eval.meter import metered
+from diffaccel.eval.processes import Processes
 from diffaccel.eval.result import Result
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store, digest
@@ -67,6 +68,7 @@ def compare(
 
     Every prompt runs alone (batch 1) with every seed from a CPU generator. A turn is: for each row, attach, two steps
     of warm-up, then ``turn`` prompts. The reference is generated once. Nothing stays on the pipeline, which is checked.
+    Processes that ``accelerate launch`` started share the items; each returns the result of all.
 
     Args:
         model: a diffusers pipeline, or what `diffaccel.pipelines.load` returns (its default arguments then apply).
@@ -100,29 +102,32 @@ def compare(
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with _apply(plan)(pipe):
             pass
-    store = Store(folder, settings)
+    processes = Processes.here()
+    store = _open(folder, settings, processes)
     jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
+    own = processes.share(jobs)
     variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
     variants += [Variant(name, "plan", _apply(plan), steps) for name, plan in plans.items()]
     variants += [_fewer(n) for n in controls if isinstance(n, int)]
     if noise_floor:
         variants.append(Variant("noise floor", "noise floor", _other_threads, steps))
-    with _bar(progress) as bar, quiet(pipe):
-        runner = _Runner(pipe, calls, store, chosen, bar, total=len(variants) * len(jobs) * repeats)
+    with _bar(progress and processes.first) as bar, quiet(pipe):
+        runner = _Runner(pipe, calls, store, chosen, bar, total=len(variants) * len(own) * repeats)
         automatic = FEWER_STEPS in controls and steps is not None
-        turns = [jobs[i : i + turn] for i in range(0, len(jobs), turn)]
+        turns = [own[i : i + turn] for i in range(0, len(own), turn)] or [[]]
         rounds = range(repeats)
         for index, these in enumerate(turns):
             runner.take_turn(variants, these, rounds)
             if automatic and index == 0:
-                late = _matching(store, variants, plans, "after the first turn")
+                late = _matching(store, variants, plans, "after the first turn", processes)
                 runner.take_turn([variants[0], *late], these, [repeats])
                 variants += late
-        if automatic and (late := _matching(store, variants, plans, "at the end")):
+        if automatic and (late := _matching(store, variants, plans, "at the end", processes)):
             for these in turns:
                 runner.take_turn([variants[0], *late], these, [repeats + 1])
             variants += late
-        restored = runner.is_restored(jobs[0])
+        restored = all(processes.gather(not own or runner.is_restored(own[0])))
+    store.reload()
     if not restored:
         warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
     return result_of(store, variants, chosen, list(plans) if automatic else [], jobs, conditions_of(settings), restored)
@@ -212,13 +217,29 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], when: str) -> list[Variant]:
+def _open(folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], processes: Processes) -> Store:
+    """Process 0 first; what it refuses, all refuse."""
+    processes.require_folder(folder)
+    store, refused = None, None
+    if processes.first:
+        try:
+            store = Store(folder, settings)
+        except InputError as error:
+            refused = str(error)
+    if (refused := processes.agree(refused)) is not None:
+        raise InputError(refused)
+    return store or Store(folder, settings, processes.rank)
+
+
+def _matching(
+    store: Store, variants: Sequence[Variant], plans: Iterable[str], when: str, processes: Processes
+) -> list[Variant]:
     """Controls of nearest cost for the plans that have no row yet whose cost is theirs within what timing can tell.
 
-    The choice is kept, so that a resumed run makes the same one.
+    The choice is kept, so that a resumed run makes the same one. Process 0 makes it for all.
     """
     chosen = store.records("controls", when=when)
-    if not chosen:
+    if not chosen and processes.first:
         have = [v for v in variants if v.kind in ("control", "reference")]
         costs = [speedup_of(store, v.name).value for v in have]
         ratios = {plan: speedup_of(store, plan) for plan in plans}
@@ -226,7 +247,7 @@ def _matching(store: Store, variants: Sequence[Variant], plans: Iterable[str], w
         wanted = {matching_steps(store, variants, plan) for plan in unmatched} - {v.steps for v in have}
         store.append(kind="controls", when=when, steps=sorted(wanted))
         chosen = store.records("controls", when=when)
-    return [_fewer(n) for n in chosen[0]["steps"]]
+    return [_fewer(n) for n in processes.agree(chosen[0]["steps"] if chosen else [])]
 
 
 def _fewer(steps: int) -> Variant:

@@ -1,7 +1,8 @@
 """The folder of a comparison: each result is on disk as soon as it exists, so an interrupted run goes on where it was.
 
 ``run.json`` holds the settings, ``records.jsonl`` one line per event, ``outputs/<row>/`` the pictures: the reference as
-float32 ``.npy`` (it is compared to the bit), the other rows as 8-bit ``.png`` or, for videos, ``.npy``.
+float32 ``.npy`` (it is compared to the bit), the other rows as 8-bit ``.png`` or, for videos, ``.npy``. Where several
+processes share a run, each further one writes ``records-<rank>.jsonl``.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ class Store:
     Args:
         folder: a new or empty folder, or that of an earlier run with the same settings.
         settings: JSON-ready; what must be equal for results to belong together.
+        rank: of this process among those that share the folder.
 
     Raises:
         InputError: the folder holds a run with other settings, or something else.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], rank: int = 0) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="diffaccel-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else folder or "").expanduser()
+        self._own = f"records-{rank}.jsonl" if rank else "records.jsonl"
         self.resumed = self._claim(json.loads(json.dumps(settings)))
-        self._lines = list(self._read())
+        self._lines: list[dict[str, Any]] = []
+        self.reload()
 
     def _claim(self, settings: dict[str, Any]) -> bool:
         file = self.folder / "run.json"
@@ -46,7 +50,7 @@ class Store:
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise InputError(f"{self.folder} exists and holds no comparison; give a new or an empty folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_name(f"{self._own}.partial")
             partial.write_text(json.dumps(settings, indent=1))
             os.replace(partial, file)
             return False
@@ -60,19 +64,20 @@ class Store:
             raise InputError(f"{self.folder} holds a comparison with other settings ({what}); give another folder")
         return True
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        file = self.folder / "records.jsonl"
-        if not file.exists():
-            return
+    def reload(self) -> None:
+        """Take in what every process has written so far."""
+        self._lines = [line for file in sorted(self.folder.glob("records*.jsonl")) for line in self._read(file)]
+
+    def _read(self, file: Path) -> Iterator[dict[str, Any]]:
         lines = file.read_bytes().split(b"\n")
-        if lines[-1]:  # cut off while it was written: drop it, so that the next line starts clean
+        if lines[-1] and file.name == self._own:  # cut off while it was written: drop it, the next line starts clean
             os.truncate(file, file.stat().st_size - len(lines[-1]))
         for line in lines[:-1]:
             yield json.loads(line)
 
     def append(self, **record: Any) -> None:
         """Add one record; on disk when this returns."""
-        with (self.folder / "records.jsonl").open("ab") as file:
+        with (self.folder / self._own).open("ab") as file:
             file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -88,7 +93,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         exact = row == REFERENCE
         path = folder / f"{item:04d}{'.npy' if exact or len(sample) > 1 or sample.shape[-1] == 4 else '.png'}"
-        partial = path.with_name("partial" + path.suffix)
+        partial = path.with_name(f"partial-{self._own}{path.suffix}")
         if path.suffix == ".png":
             Image.fromarray(np.squeeze(to_bytes(sample[0]), -1) if sample.shape[-1] == 1 else to_bytes(sample[0])).save(
                 partial

@@ -58,11 +58,14 @@ def compare(
     quiet_libraries()
     from diffaccel.eval.compare import compare as run
     from diffaccel.eval.figures import contact_sheet, side_by_side, speed_against_fidelity
+    from diffaccel.eval.processes import Processes
     from diffaccel.eval.store import slug
     from diffaccel.pipelines.loading import load
 
     wrapped = load(model, device=device, dtype=dtype)
     result = run(wrapped, chosen, texts, seed or [0], calls, repeats=repeats, folder=output, progress=err.is_terminal)
+    if not Processes.here().first:
+        return
     result.save(output / "result.json")
     pictures = [side_by_side(result, name, output / f"{slug(name)}.png") for name in chosen]
     pictures += [contact_sheet(result, output / "contact-sheet.png")]

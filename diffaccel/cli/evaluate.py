@@ -18,6 +18,8 @@ diffaccel eval --plan balanced
 
 diffaccel eval -m bundled:video --plan fast --measure adherence -n 64 --seeds 2 -o out/eval-video
 
+accelerate launch --num_processes 4 -m diffaccel.cli eval -m ./my-pipeline --plan fast -n 1000
+
 diffaccel eval -m ./my-pipeline --prompts captions_val2014.json -n 500 --plan plans/mine --require "psnr>=36"
 """
 
@@ -61,6 +63,7 @@ def evaluate(
     from diffaccel.eval.compare import compare
     from diffaccel.eval.gate import judge, parse_requirements
     from diffaccel.eval.measures import FIDELITY, measures_of
+    from diffaccel.eval.processes import Processes
     from diffaccel.pipelines.loading import load
 
     names = [m.name for m in measures_of(measure or (), texts)]
@@ -77,6 +80,8 @@ def evaluate(
         folder=output,
         progress=err.is_terminal,
     )
+    if not Processes.here().first:
+        return
     result.save(output / "result.json")
     verdicts = [judge(r, result.row("plan"), result.row("reference")) for r in required]
     if as_json:
