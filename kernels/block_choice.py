@@ -12,6 +12,7 @@ float32, 4096 tokens, density 1/4, bench/attention.py) flex takes 1.7 to 2.6 tim
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -158,7 +159,7 @@ def _trial(
     of_rows = attn_mask[:, :, rows] if attn_mask is not None and attn_mask.shape[2] > 1 else attn_mask
     expected = sdpa(q[:, :, rows], k, v, both(of_rows, keep), scale)
     return Trial(
-        runs={name: lambda name=name: _run(name, q, k, v, pattern, attn_mask, scale) for name in names},
+        runs={name: partial(_run, name, q, k, v, pattern, attn_mask, scale) for name in names},
         error=lambda result: worst_row_error(result[:, :, rows], expected),
         tolerance=dict.fromkeys(names, tolerance),
         baseline=lambda: sdpa(q, k, v, attn_mask, scale),
