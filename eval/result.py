@@ -139,7 +139,7 @@ class Result:
         more = dict.fromkeys(name for row in self.rows for name in row.scores if name not in FIDELITY)
         for name in (*_COLUMNS, *(f"{name}\n95 % interval" for name in more)):
             table.add_column(name, justify="right", no_wrap=True)
-        for row in self._ordered():
+        for row in self.in_order():
             table.add_row(
                 *_cells(row),
                 *(_score(row.scores.get(name)) for name in more),
@@ -147,7 +147,8 @@ class Result:
             )
         return table
 
-    def _ordered(self) -> list[Row]:
+    def in_order(self) -> list[Row]:
+        """Each plan followed by its controls; what belongs to none comes last."""
         ordered: list[Row] = []
         for row in self.rows:
             if row.kind != "control":

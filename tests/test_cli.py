@@ -93,6 +93,7 @@ def test_compare(cli, tmp_path):
     assert kinds["reference"] == "reference" and kinds["fast"] == "plan" and data["restored"] is True
     fast = next(row for row in data["rows"] if row["name"] == "fast")
     assert 20 < fast["scores"]["psnr"]["mean"] < 100 and fast["report"]["techniques"]["caching"]["reused"] > 0
+    assert (tmp_path / "c" / "report.html").stat().st_size > 10_000
     pictures = {"fast.png", "contact-sheet.png", "speed-against-fidelity.png"}
     assert pictures | {"result.json"} <= {p.name for p in (tmp_path / "c").iterdir()}
     assert all(min(Image.open(tmp_path / "c" / p).size) > 200 for p in pictures)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from diffaccel.cli import compare, doctor, evaluate, generate, inspect
+from diffaccel.cli import compare, doctor, evaluate, generate, inspect, selftest
 from diffaccel.cli.console import fail
 from diffaccel.errors import DiffAccelError
 
@@ -24,6 +24,7 @@ app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("selftest", epilog=selftest.EXAMPLES)(selftest.selftest)
 
 
 def main() -> None:
@@ -35,5 +36,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stopped:  # typer's answer to Ctrl-C is 130 and no word
         if stopped.code == 130:
-            fail("interrupted; outputs that were finished are kept, and the same command goes on from there")
+            fail("interrupted; what was finished is kept, and a command that writes outputs goes on from there")
         raise

@@ -58,6 +58,7 @@ def compare(
     quiet_libraries()
     from diffaccel.eval.compare import compare as run
     from diffaccel.eval.figures import contact_sheet, side_by_side, speed_against_fidelity
+    from diffaccel.eval.page import write_page
     from diffaccel.eval.processes import Processes
     from diffaccel.eval.store import slug
     from diffaccel.pipelines.loading import load
@@ -70,6 +71,7 @@ def compare(
     pictures = [side_by_side(result, name, output / f"{slug(name)}.png") for name in chosen]
     pictures += [contact_sheet(result, output / "contact-sheet.png")]
     pictures += [speed_against_fidelity(result, output / "speed-against-fidelity.png")]
+    pictures += [write_page(result, output / "report.html")]
     if as_json:
         print_json(result.to_dict())
     else:

@@ -63,6 +63,7 @@ def evaluate(
     from diffaccel.eval.compare import compare
     from diffaccel.eval.gate import judge, parse_requirements
     from diffaccel.eval.measures import FIDELITY, measures_of
+    from diffaccel.eval.page import write_page
     from diffaccel.eval.processes import Processes
     from diffaccel.pipelines.loading import load
 
@@ -91,6 +92,6 @@ def evaluate(
         out.print(result)
         for verdict in verdicts:
             out.print(str(verdict), style="green" if verdict.holds else "bold red", highlight=False)
-    note(f"wrote {output / 'result.json'}; every sample is in {output / 'outputs'}")
+    note(f"wrote {write_page(result, output / 'report.html')} and result.json; every sample is in {output / 'outputs'}")
     if not all(verdict.holds for verdict in verdicts):
         raise typer.Exit(1)
