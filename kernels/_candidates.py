@@ -108,6 +108,17 @@ def choices(operator: str | None = None) -> list[Choice]:
     return [c for c in _choices.values() if operator in (None, c.operator)]
 
 
+def remembered() -> list[Choice]:
+    """Every choice on disk, for whatever device, thread count and versions it was made."""
+    found = []
+    for key, stored in _read_cache().items():
+        with suppress(KeyError, TypeError, ValueError):
+            operator, shape, device, *_ = key.split("|")
+            kept = stored["name"], dict(stored["seconds"]), dict(stored["error"])  # type: ignore[index]
+            found.append(Choice(operator, shape, device, *kept, "cache"))
+    return found
+
+
 def forget() -> None:
     """Drop the choices of this process (not those on disk)."""
     _choices.clear()

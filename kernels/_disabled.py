@@ -31,6 +31,12 @@ def disabled(device_name: str, cuda: bool) -> Disabled:
     return machines.get(_machine(device_name, cuda), {}) if machines else {}
 
 
+def every_machine() -> dict[str, Disabled]:
+    """What failed, by device and versions in words; of this machine and of others that share the folder."""
+    path = disabled_file()
+    return (_read(path, path.stat().st_mtime_ns) or {}) if path.exists() else {}
+
+
 def disable(device_name: str, cuda: bool, operator: str, candidate: str, reason: str) -> None:
     """Remember a failure. Raises ``OSError`` where the cache folder is not writable."""
     here = disabled(device_name, cuda)
@@ -51,8 +57,10 @@ def _machine(device_name: str, cuda: bool) -> str:
 
 def _write(device_name: str, cuda: bool, here: Disabled) -> None:
     path = disabled_file()
-    machines = (_read(path, path.stat().st_mtime_ns) or {}) if path.exists() else {}
-    machines = {**machines, _machine(device_name, cuda): {name: failed for name, failed in here.items() if failed}}
+    machines = {
+        **every_machine(),
+        _machine(device_name, cuda): {name: failed for name, failed in here.items() if failed},
+    }
     _store.write(path, {"format": _FORMAT, "machines": {name: here for name, here in machines.items() if here}})
 
 

@@ -1,8 +1,8 @@
 """What the GPU's compiler makes of the kernels, without a GPU: registers, spills, shared memory, tensor cores.
 
 Every `Specimen` of the kernels is compiled for the compute capabilities it is meant for, and what came out is judged.
-Run as ``python -m diffaccel.kernels.ahead_of_time [--json FILE] [--specimen GLOB] [--target 90]``. `report` does so,
-since compiling needs a process of its own: where Triton's interpreter is switched on, nothing can be compiled.
+Run as ``python -m diffaccel.kernels.ahead_of_time [--json FILE] [--specimen GLOB] [--target 90] [--sample]``. `report`
+does so, since compiling needs a process of its own: where Triton's interpreter is switched on, nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ class Row:
         return "; ".join(self.problems) or ("fine, older tensor-core instruction" if self.older else "fine")
 
 
-def report(specimen: str = "*", targets: Iterable[int] = tuple(SHARED_KIB)) -> list[Row]:
+def report(specimen: str = "*", targets: Iterable[int] = tuple(SHARED_KIB), sample: bool = False) -> list[Row]:
     """Compile in a process of its own; what was compiled before comes from Triton's cache in ours.
 
     Args:
         specimen: glob over the specimens' names.
         targets: compute capabilities.
+        sample: each specimen on one of its targets only, a different one for each neighbour: a fifth of the time.
 
     Raises:
         RuntimeError: the process failed; without Triton it always does.
@@ -88,6 +89,7 @@ def report(specimen: str = "*", targets: Iterable[int] = tuple(SHARED_KIB)) -> l
         file = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "diffaccel.kernels.ahead_of_time", "--json", str(file), "--specimen", specimen]
         command += [part for target in targets for part in ("--target", str(target))]
+        command += ["--sample"] if sample else []
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
         if not file.exists():
             raise RuntimeError(f"the kernels cannot be compiled here: {done.stderr.strip()[-2000:]}")
@@ -118,7 +120,7 @@ def compile_specimen(specimen: Specimen, target: int) -> Row:
     except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         return Row(specimen.name, target, problems=(f"does not compile: {' '.join(lines[-3:])[:300]}",))
-    registers, stack, multiply = _read_binary(binary.asm["cubin"])
+    registers, stack, multiply = _read_binary(binary.asm["cubin"], specimen.tensor_cores is not None)
     metadata = binary.metadata
     return judge(specimen, target, registers, stack, metadata.shared, getattr(metadata, "tmem_size", 0) or 0, multiply)
 
@@ -168,17 +170,16 @@ def _options(specimen: Specimen) -> dict[str, int]:
     return {"num_warps": specimen.config.warps, "num_stages": specimen.config.stages}
 
 
-def _read_binary(cubin: bytes) -> tuple[int, int, set[str]]:
-    """Registers and bytes of stack per thread, multiply instructions of the tensor cores."""
+def _read_binary(cubin: bytes, disassemble: bool) -> tuple[int, int, set[str]]:
+    """Registers and bytes of stack per thread, and, which takes longer, multiply instructions of the tensor cores."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", "-sass", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [tool, "-res-usage", *(["-sass"] if disassemble else []), file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, "cuobjdump reported no registers"
     return int(usage[1]), int(usage[2]), set(_MULTIPLY.findall(text))
@@ -190,13 +191,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--specimen", default="*", help="glob over the specimens' names")
     parser.add_argument("--target", type=int, action="append", choices=list(SHARED_KIB), help="90 for 9.0; several")
+    parser.add_argument("--sample", action="store_true", help="each specimen on one of its targets only")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("Triton's interpreter compiles nothing; unset TRITON_INTERPRET")
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_file().parent / "triton"))
     chosen = [s for s in specimens() if fnmatchcase(s.name, arguments.specimen)]
     wanted = arguments.target or list(SHARED_KIB)
-    pairs = [(s, target) for s in chosen for target in s.targets if target in wanted]
+    pairs = [
+        (s, target)
+        for i, s in enumerate(chosen)
+        for target in ((s.targets[i % len(s.targets)],) if arguments.sample else s.targets)
+        if target in wanted
+    ]
     # Two at a time: half of the time passes in ptxas, a process of its own.
     with ThreadPoolExecutor(2) as pool:
         rows = list(pool.map(lambda pair: compile_specimen(*pair), pairs))

@@ -29,6 +29,7 @@ from diffaccel.kernels.selftest import Case, Result, examine
 
 # A case that takes longer hangs: the slowest on paper is attention over 75600 tokens, 0.7 s a run on an RTX 4090.
 TIMEOUT = 300.0
+WORKER = (sys.executable, "-m", "diffaccel.kernels.selftest_run")
 _MARK = "@selftest "
 
 
@@ -106,14 +107,13 @@ class _Worker:
     """The process; iterating yields its messages until it ends, or until it has been silent for too long."""
 
     def __init__(self, device: str, pattern: str, skip: int) -> None:
-        arguments = ["--device", device, "--cases", pattern, "--skip", str(skip)]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         if device == "cpu":
             environment["TRITON_INTERPRET"] = "1"
         self.hung = False
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed below
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "diffaccel.kernels.selftest_run", *arguments],
+            [*WORKER, "--device", device, "--cases", pattern, "--skip", str(skip)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -155,7 +155,8 @@ class _Worker:
         self._lines.put(None)
 
 
-def _work(device: torch.device, cases: list[Case], skip: int) -> None:
+def work(device: torch.device, cases: list[Case], skip: int) -> None:
+    """Announce ``cases`` and run all but the first ``skip``."""
     plan = [asdict(case.result()) for case in cases]
     _say({"device": device_name(device), "cases": plan})
     for case in cases[skip:]:
@@ -182,7 +183,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     from diffaccel.kernels.selftest_cases import cases
 
-    _work(device, [case for case in cases(device) if fnmatchcase(case.name, arguments.cases)], arguments.skip)
+    work(device, [case for case in cases(device) if fnmatchcase(case.name, arguments.cases)], arguments.skip)
 
 
 if __name__ == "__main__":
