@@ -48,7 +48,10 @@ def test_frechet_is_torch_fidelitys():
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(200, 48)).clip(0), rng.normal(0.2, 1.3, size=(150, 48)).clip(0)  # after a ReLU, as Inception
+    a, b = (
+        rng.normal(size=(200, 48)).clip(0),
+        rng.normal(0.2, 1.3, size=(150, 48)).clip(0),
+    )  # after a ReLU, as Inception
     theirs = fid_statistics_to_metric(*(fid_features_to_statistics(torch.tensor(x)) for x in (a, b)), False)
     assert frechet(a, b).value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
 
@@ -188,3 +191,19 @@ def test_a_wrong_extractor_is_refused(extractor, says):
         image_features(extractor, np.zeros((2, 4, 4, 3), np.float32))
     with pytest.raises(ValueError, match="at least 2 frames"):
         video_features(extractor, np.zeros((2, 4, 4, 3), np.float32))
+
+
+def test_inception_gives_features_and_probabilities(monkeypatch):
+    """With random weights, since the real ones come from the network: shapes, range and rounding."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    inception = Inception()
+    images = np.random.default_rng(0).random((2, 32, 32, 3), dtype=np.float32)
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
+    bytes_ = (255 * pictures).round().byte()
+    np.testing.assert_array_equal(image_features(inception, images), inception.network(bytes_)[0].double().numpy())
+    probabilities = inception.probabilities(pictures)
+    assert probabilities.shape == (2, 1008)
+    assert 1 <= inception_score(probabilities, splits=1).mean <= 2  # of two samples, two classes at most

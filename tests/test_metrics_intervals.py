@@ -21,7 +21,7 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say(n):
 
 
 def test_seeds_of_one_prompt_do_not_count_as_more_prompts():
-    """20 prompts of 4 seeds whose differences lie between the prompts: taken as 80 prompts they cover far too little."""
+    """20 prompts of 4 seeds that differ from prompt to prompt: taken as 80 prompts, they cover far too little."""
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.arange(20), 4)
 
