@@ -12,8 +12,6 @@ thousands of products of one sign that loses more than a percent. Here, as there
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -125,9 +123,10 @@ SPECIMENS = tuple(
         | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"},
         constants={},
         config=config,
-        aligned=("N", "K"),
+        aligned=aligned,
         tensor_cores="fp8",
         targets=targets,
     )
-    for dtype, (name, config, targets) in itertools.product(("bf16", "fp16", "fp32"), configurations(MANY_TILES))
+    for dtype in ("bf16", "fp16", "fp32")
+    for name, config, aligned, targets in configurations(MANY_TILES)
 )

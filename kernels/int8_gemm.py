@@ -10,8 +10,7 @@ Sums run in int32, exactly. Apart from the products this saves writing and readi
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import triton
@@ -31,6 +30,8 @@ FEW_ROWS = {
     16: Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 256}, warps=4, stages=4),
     32: Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 256}, warps=4, stages=4),
 }
+# Rows that do not begin at multiples of 16 bytes are loaded byte by byte, an address each: larger tiles spill.
+ODD_ROWS = FEW_ROWS[32]
 # Where large tiles would not occupy every SM (512 text tokens), smaller ones. 64 rows are the least for IGMMA (sm_90).
 FEW_TILES = Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128}, warps=4, stages=4)
 # Large tiles read less per product: 128 x 128 needs 1 byte for 64 multiplications, 128 x 256 for 85. The latter fits
@@ -101,6 +102,8 @@ def config_for(M: int, N: int, K: int, capability: int, many_tiles: Mapping[int,
     for rows, config in FEW_ROWS.items():
         if rows >= M:
             return config
+    if K % 16:
+        return ODD_ROWS
     many = many_tiles[max(known for known in many_tiles if known <= capability)]
     return many if tiles(M, N, many) >= _ENOUGH_TILES else FEW_TILES
 
@@ -179,13 +182,17 @@ def _(q: Tensor, weight: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor 
     return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-def configurations(many_tiles: Mapping[int, Config]) -> list[tuple[str, Config, tuple[int, ...]]]:
-    """Every configuration in words, and the compute capabilities that use it."""
-    found = [(f"M <= {rows}", config, tuple(many_tiles)) for rows, config in FEW_ROWS.items()]
-    found.append(("few tiles", FEW_TILES, tuple(many_tiles)))
-    for chips in sorted({tuple(c for c in many_tiles if many_tiles[c] == config) for config in many_tiles.values()}):
-        found.append((f"many tiles sm_{'/'.join(map(str, chips))}", many_tiles[chips[0]], chips))
-    return found
+def configurations(many_tiles: Mapping[int, Config]) -> Iterator[tuple[str, Config, tuple[str, ...], tuple[int, ...]]]:
+    """Every configuration: in words, itself, the sizes that are multiples of 16, the compute capabilities."""
+    even, chips = ("N", "K"), tuple(many_tiles)
+    for rows, config in FEW_ROWS.items():
+        yield f"M <= {rows}", config, even, chips
+    yield "odd rows", ODD_ROWS, (), chips
+    yield "few tiles", FEW_TILES, even, chips
+    for chip, config in many_tiles.items():
+        alike = tuple(c for c in chips if many_tiles[c] is config)
+        if chip == alike[0]:
+            yield f"many tiles sm_{'/'.join(map(str, alike))}", config, even, alike
 
 
 SPECIMENS = tuple(
@@ -196,9 +203,10 @@ SPECIMENS = tuple(
         | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"},
         constants={},
         config=config,
-        aligned=("N", "K"),
+        aligned=aligned,
         tensor_cores="int8",
         targets=targets,
     )
-    for dtype, (name, config, targets) in itertools.product(("bf16", "fp16", "fp32"), configurations(MANY_TILES))
+    for dtype in ("bf16", "fp16", "fp32")
+    for name, config, aligned, targets in configurations(MANY_TILES)
 )

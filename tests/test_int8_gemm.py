@@ -120,6 +120,7 @@ def test_configurations():
     assert config_for(16, 18432, 3072, 90).tiles["BLOCK_M"] == 16  # modulation
     assert config_for(17, 3072, 3072, 90).tiles["BLOCK_M"] == 32
     assert config_for(512, 3072, 3072, 90) is int8_gemm.FEW_TILES  # text tokens of FLUX
+    assert config_for(4608, 3072, 3080, 90) is int8_gemm.ODD_ROWS
     for capability, known in ((80, 80), (86, 80), (89, 89), (90, 90), (103, 100), (121, 120)):
         assert config_for(4608, 3072, 3072, capability) is MANY_TILES[known]
     for capability, many in MANY_TILES.items():
