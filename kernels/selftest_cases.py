@@ -40,13 +40,13 @@ def cases(device: torch.device) -> list[Case]:
 def _linears(device: torch.device) -> list[Linear]:
     if device.type == "cuda":
         return list(LINEARS)
-    return [replace(s, M=s.M // 128 + 1, N=s.N // 32 + 8, K=s.K // 32 + 8) for s in LINEARS[::3]]
+    return [replace(s, M=min(s.M // 128, 90) + 1, N=s.N // 32 + 8, K=s.K // 32 + 8) for s in LINEARS[::3]]
 
 
 def _attentions(device: torch.device) -> list[Attention]:
     if device.type == "cuda":
         return list(ATTENTIONS)
-    return [replace(s, heads=2, tokens=min(s.tokens // 8, 1000) + 5) for s in ATTENTIONS]
+    return [replace(s, heads=2, tokens=min(s.tokens // 8, 400) + 5) for s in ATTENTIONS]
 
 
 def _dtypes(index: int) -> tuple[torch.dtype, ...]:

@@ -1,6 +1,7 @@
 """Writes docs/kernels.md: what the GPU's compiler makes of every kernel, and what the kernels could gain on paper.
 
-Needs Triton and no GPU; minutes. ``--roofline`` leaves the first table as it is.
+Needs Triton and no GPU; minutes. ``--roofline`` leaves the first table as it is, ``--rows`` takes what was compiled by
+``python -m diffaccel.kernels.ahead_of_time --json FILE``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffaccel.kernels import roofline
-from diffaccel.kernels.ahead_of_time import SHARED_KIB, Row, report
+from diffaccel.kernels.ahead_of_time import SHARED_KIB, Row, read_rows, report
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 _HEADING = "## Compiled ahead of time"
@@ -31,8 +32,13 @@ the table and fails where it has become worse.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--roofline", action="store_true", help="leave the table of compiled kernels as it is")
+    parser.add_argument("--rows", type=Path, nargs="+", help="files with the rows, instead of compiling")
     arguments = parser.parse_args()
-    compiled = compiled_part() if arguments.roofline else "\n".join(compiled_table(report()))
+    if arguments.roofline:
+        compiled = compiled_part()
+    else:
+        rows = [row for file in arguments.rows for row in read_rows(file)] if arguments.rows else report()
+        compiled = "\n".join(compiled_table(rows))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([_INTRODUCTION, compiled, "", *roofline_tables()]) + "\n", encoding="utf-8")
 
