@@ -104,6 +104,15 @@ def test_cmmd_is_its_definition(monkeypatch):
     assert cmmd(7 * x, y) == pytest.approx(cmmd(x, y), rel=1e-9)
 
 
+def test_unbiased_cmmd_does_not_depend_on_the_number_of_samples():
+    rng = np.random.default_rng(0)
+    draws = [(rng.normal(0.5, 1, size=(n, 16)), rng.normal(0.5, 1, size=(400, 16))) for n in (20, 40) * 10]
+    assert np.mean([cmmd(a, b) for a, b in draws]) > 0.2
+    assert abs(np.mean([cmmd(a, b, unbiased=True) for a, b in draws])) < 0.02
+    with pytest.raises(ValueError, match="at least 2"):
+        cmmd(draws[0][0][:1], draws[0][1], unbiased=True)
+
+
 @pytest.mark.parametrize("distance", [lambda a, b: frechet(a, b).value, cmmd], ids=["frechet", "cmmd"])
 def test_distances_grow_with_shift_spread_and_collapse(distance):
     rng = np.random.default_rng(0)

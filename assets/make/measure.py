@@ -2,7 +2,8 @@
 
 For each pipeline: accuracies with 95 % intervals at default settings; PSNR between the default and twice the steps; and
 rows that must come out worse: half the steps, weights of 4 bits with one scale per tensor, captions of other prompts,
-added noise. Each with the checker's verdict, the CLIP score and the Frechet distance to drawings.
+added noise. Each with the checker's verdict, the CLIP score, CMMD to drawings and, with enough prompts, the Frechet
+distance to them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from diffusers import DiffusionPipeline
-from scipy import linalg
 from torch import nn
-from torch.nn.functional import interpolate
 
 from diffaccel.assets.make import world
 from diffaccel.assets.make.assemble import CALLS, EVALUATOR, NAMES
-from diffaccel.assets.make.evaluator import SIZE
+from diffaccel.assets.make.evaluator import FEATURES
 from diffaccel.assets.make.heldout import PROMPTS
 from diffaccel.assets.make.loop import write_record, write_text
 from diffaccel.eval.checker import check_image, check_video
-from diffaccel.eval.metrics.psnr import psnr
+from diffaccel.eval.measures import MEASURES, score
+from diffaccel.eval.metrics.clip import load_clip
+from diffaccel.eval.metrics.clip_score import clip_score
+from diffaccel.eval.metrics.cmmd import cmmd
+from diffaccel.eval.metrics.features import image_features
+from diffaccel.eval.metrics.frechet import frechet
+from diffaccel.eval.metrics.intervals import mean_interval, wilson
+from diffaccel.eval.metrics.psnr import PSNR_CAP, psnr
 from diffaccel.eval.scenes import BACKGROUNDS, SIZES, TEXTURES, Scene, caption, parse
 
 BATCH = 4
@@ -42,36 +47,20 @@ class Evaluator:
     """Features and CLIP scores by the assembled open_clip model."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, *_ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        self.model.eval()
+        self.clip = load_clip(f"local-dir:{folder}")
 
-    @torch.no_grad()
-    def __call__(self, sample: np.ndarray, prompt: str) -> tuple[list[float], float]:
-        """Mean feature and CLIP score (100 x cosine) of an image [H, W, 3] or of three frames of a clip."""
-        frames = sample[None] if sample.ndim == 3 else sample[np.linspace(0, len(sample) - 1, 3).astype(int)]
-        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() * 2 - 1
-        pixels = interpolate(pixels, SIZE, mode="bicubic", antialias=True)
-        scene = parse(prompt)
-        words = self.model.encode_text(self.tokenizer([caption(replace(scene, motion=None))]), normalize=True)
-        features = self.model.encode_image(pixels)
-        score = (nn.functional.normalize(features, dim=-1) @ words.T).mean()
-        return features.mean(0).tolist(), float(100 * score)
+    def features(self, sample: np.ndarray) -> list[float]:
+        """Of an image [H, W, 3], or the mean over three frames of a clip."""
+        return image_features(self.clip, [_thinned(sample)])[0].tolist()
+
+    def score(self, sample: np.ndarray, prompt: str) -> float:
+        """CLIP score of the sample for the prompt without its motion, which the evaluator does not know."""
+        still = caption(replace(parse(prompt), motion=None))
+        return float(clip_score(self.clip, [_thinned(sample)], [still]))
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score, in [0, 1]."""
-    z, share = 1.96, right / count
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * np.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Distance of two sets of features [N, D] as normal distributions (arXiv:1706.08500, eq. 6)."""
-    spread = [np.cov(x, rowvar=False) + 1e-6 * np.eye(x.shape[1]) for x in (a, b)]
-    root = linalg.sqrtm(spread[0] @ spread[1]).real
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(spread[0] + spread[1] - 2 * root))
+def _thinned(sample: np.ndarray) -> np.ndarray:
+    return sample if sample.ndim == 3 else sample[np.linspace(0, len(sample) - 1, 3).astype(int)]
 
 
 def four_bits(model: nn.Module) -> None:
@@ -147,13 +136,13 @@ class Measurement:
             self.record("noise", prompt, np.clip(sample + noise, 0, 1).astype(np.float32), evaluate, prompt=prompt)
         else:
             reference = np.load(kept).astype(np.float32)
-            facts["psnr"] = float(psnr([sample], [reference]).clamp(max=100))
+            facts["psnr"] = float(psnr([sample], [reference]).clamp(max=PSNR_CAP))
         self.record(row, prompt, sample, evaluate, prompt=prompt, **facts)
 
     def record(self, row: str, asked: str, sample: np.ndarray, evaluate: Evaluator, **facts: Any) -> None:
-        features, score = evaluate(sample, asked)
+        features, fit = [round(x, 5) for x in evaluate.features(sample)], evaluate.score(sample, asked)
         verdict = (check_video if self.kind == "video" else check_image)(sample, asked)
-        judged = {"asked": asked, "clip": score, "verdict": verdict, "features": [round(x, 5) for x in features]}
+        judged = {"asked": asked, "clip": fit, "verdict": verdict, "features": features}
         entry = {"row": row, **facts, **judged}
         with self.file.open("a") as stream:
             stream.write(json.dumps(entry) + "\n")
@@ -169,11 +158,11 @@ class Measurement:
                 drawn = world.draw_clip(scene, world.VIDEO_SIZE, rng)
             else:
                 drawn = world.draw_image(scene, world.IMAGE_SIZE, rng)
-            features.append(evaluate(drawn.astype(np.float32) / 255, prompt)[0])
+            features.append(evaluate.features(drawn))
         return np.array(features)
 
     def summary(self, evaluate: Evaluator) -> dict[str, Any]:
-        """Accuracies with intervals by row and number of objects, PSNR to default, CLIP score, Frechet distance."""
+        """Accuracies with intervals by row and objects, PSNR to default, CLIP score, distances to drawings."""
         truth = self.drawings(evaluate)
         out: dict[str, Any] = {}
         for row in ("default", *GENERATED, "wrong", "noise"):
@@ -183,14 +172,16 @@ class Measurement:
                 chosen = [e["verdict"] for e in records if len(parse(e["asked"]).things) == objects]
                 if chosen:
                     facts[f"objects_{objects}"] = _shares(chosen)
-            scores = np.array([entry["clip"] for entry in records])
-            facts["clip"] = float(scores.mean())
-            facts["clip_interval"] = float(1.96 * scores.std() / np.sqrt(len(scores)))
+            facts["clip"], *facts["clip_interval"], _ = mean_interval([entry["clip"] for entry in records])
+            features = np.array([entry["features"] for entry in records])
             if len(records) > 1:
-                facts["frechet"] = frechet(np.array([entry["features"] for entry in records]), truth)
+                facts["cmmd"] = cmmd(features, truth, unbiased=True)
+            if len(records) > FEATURES:
+                facts["frechet"] = frechet(features, truth).value
             fidelity = [entry["psnr"] for entry in records if "psnr" in entry]
             if fidelity:
-                facts["psnr_mean"], facts["psnr_decile"] = float(np.mean(fidelity)), float(np.percentile(fidelity, 10))
+                whole = score(MEASURES["psnr"], fidelity, range(len(fidelity)))
+                facts["psnr_mean"], facts["psnr_decile"] = whole.mean, whole.worst_decile
             out[row] = facts
         return out
 
@@ -209,8 +200,8 @@ def _shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, Any]:
     judged = [{**v, "core": all(v[name] for name in CORE if name in v)} for v in verdicts]
     for name in dict.fromkeys(key for verdict in judged for key in verdict):
         asked = [verdict[name] for verdict in judged if name in verdict]
-        low, high = wilson(sum(asked), len(asked))
-        out[name] = {"right": sum(asked), "of": len(asked), "share": sum(asked) / len(asked), "interval": [low, high]}
+        share, low, high, _ = wilson(sum(asked), len(asked))
+        out[name] = {"right": sum(asked), "of": len(asked), "share": share, "interval": [low, high]}
     return out
 
 
@@ -238,8 +229,9 @@ def measure_all(work: Path, counts: tuple[int, int], seconds: float) -> bool:
 
 def table(measured: dict[str, Any]) -> str:
     """All rows of all pipelines in Markdown."""
-    lines = ["| pipeline | row | prompts | one object % | two objects % | CLIP | Frechet | PSNR mean / worst decile |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    heads = ["pipeline", "row", "prompts", "one object %", "two objects %", "CLIP", "CMMD", "Frechet"]
+    heads.append("PSNR mean / worst decile")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for kind, rows in measured.items():
         for row, facts in rows.items():
             cells = []
@@ -247,9 +239,9 @@ def table(measured: dict[str, Any]) -> str:
                 core = facts.get(f"objects_{objects}", {}).get("core")
                 span = "{:.0f}-{:.0f}".format(*(100 * x for x in core["interval"])) if core else ""
                 cells.append(f"{100 * core['share']:.1f} ({span})" if core else "")
-            distance = f"{facts['frechet']:.3f}" if "frechet" in facts else ""
+            distances = [f"{facts[name]:.3f}" if name in facts else "" for name in ("cmmd", "frechet")]
             fidelity = f"{facts['psnr_mean']:.1f} / {facts['psnr_decile']:.1f}" if "psnr_mean" in facts else ""
-            score = f"{facts['clip']:.1f} ± {facts['clip_interval']:.1f}"
-            cells = [kind, row, str(facts["prompts"]), *cells, score, distance, fidelity]
+            clip = "{:.1f} ({:.1f} to {:.1f})".format(facts["clip"], *facts["clip_interval"])
+            cells = [kind, row, str(facts["prompts"]), *cells, clip, *distances, fidelity]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -19,20 +19,27 @@ SCALE = 1000.0
 _ROWS = 1024  # of the kernel matrix at once: 30 000 samples would need 7 GB
 
 
-def cmmd(samples: Any, reference: Any) -> float:
-    """CMMD of two sets of embeddings, by the paper's estimator (pairs of a sample with itself included: never below 0,
-    and 0 for equal sets).
+def cmmd(samples: Any, reference: Any, *, unbiased: bool = False) -> float:
+    """CMMD of two sets of embeddings.
 
     Args:
         samples, reference: ``[N, D]`` and ``[M, D]``; each row is scaled to length 1, as in the paper's code.
+        unbiased: whether to leave out the pairs of a sample with itself. As in the paper's code they count, which makes
+            the value too high by up to 10 / N + 10 / M. Without them sets of different sizes compare, and equal
+            distributions give values around 0, also below.
 
     Raises:
-        ValueError: not features, of different D, or a row of zeros.
+        ValueError: not features, of different D, a row of zeros, or unbiased with one sample.
     """
     x, y = _unit(samples, "samples"), _unit(reference, "reference")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"samples have {x.shape[1]} features, the reference {y.shape[1]}")
-    return max(0.0, SCALE * (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)))
+    within = [_mean_kernel(x, x), _mean_kernel(y, y)]
+    if unbiased:
+        if min(len(x), len(y)) < 2:
+            raise ValueError("the unbiased CMMD needs at least 2 samples on either side")
+        within = [(len(z) * mean - 1) / (len(z) - 1) for z, mean in zip((x, y), within, strict=True)]  # k(x, x) = 1
+    return SCALE * (sum(within) - 2 * _mean_kernel(x, y))
 
 
 def _unit(features: Any, name: str) -> np.ndarray:
