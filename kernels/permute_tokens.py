@@ -44,9 +44,10 @@ def _permute_tokens_kernel(
     tl.store(y_ptr + ((b * N + token[:, None]) * H + h) * D + d[None, :], x, mask=inside)
 
 
-# 4 warps move 16 bytes a lane and step: 64 rows of 128 16-bit values are 8 loads in flight for each lane, enough to
-# cover the latency of memory, and there are thousands of programs at real sizes.
-_CONFIG = Config({"BLOCK_N": 64}, warps=4, stages=1)
+def config_for(D: int, dtype: torch.dtype) -> Config:
+    """How to launch: 16 KiB a program, that is 8 loads of 16 bytes in flight for each of 128 lanes."""
+    rows = 2**14 // (triton.next_power_of_2(D) * dtype.itemsize)
+    return Config({"BLOCK_N": max(rows, 1)}, warps=4, stages=1)
 
 
 def permute_tokens(x: Tensor, order: Tensor) -> Tensor:
@@ -72,11 +73,11 @@ def _op(x: Tensor, order: Tensor) -> Tensor:
     y = _output(x)
     if not runs_triton(x):
         return y.copy_(permute_tokens_ref(x, order))
-    (B, H, N, D), order = x.shape, order.contiguous()
+    (B, H, N, D), order, config = x.shape, order.contiguous(), config_for(x.shape[3], x.dtype)
     with device_of(x):
-        _permute_tokens_kernel[(triton.cdiv(N, _CONFIG.tiles["BLOCK_N"]), H, B)](
+        _permute_tokens_kernel[(triton.cdiv(N, config.tiles["BLOCK_N"]), H, B)](
             x, order, y, *x.stride()[:3], 0 if len(order) == 1 else N, H, N,
-            stride_xd=x.stride(3), D=D, **_CONFIG.tiles, BLOCK_D=triton.next_power_of_2(D), num_warps=_CONFIG.warps,
+            stride_xd=x.stride(3), D=D, **config.tiles, BLOCK_D=triton.next_power_of_2(D), num_warps=config.warps,
         )  # fmt: skip
     return y
 
@@ -94,9 +95,9 @@ SPECIMENS = tuple(
         {"x_ptr": f"*{kind}", "order_ptr": "*i32", "y_ptr": f"*{kind}"}
         | dict.fromkeys(("stride_xb", "stride_xh", "stride_xn", "stride_oh", "H", "N"), "i32"),
         {"stride_xd": 1, "D": D, "BLOCK_D": triton.next_power_of_2(D)},
-        _CONFIG,
+        config_for(D, dtype),
         aligned=("stride_xb", "stride_xh", "stride_xn"),
     )
-    for kind in ("fp16", "bf16", "fp32")
+    for kind, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32))
     for D in (64, 96, 128, 256)
 )

@@ -75,8 +75,8 @@ def _product(a, b, acc):
 def _sparse_attention_kernel(
     q_ptr, k_ptr, v_ptr, num_ptr, indices_ptr, mask_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_mb, stride_mh, stride_mn, stride_mm, lists_b, lists_h, H, N, M, m, group, scale,
-    stride_qd: tl.constexpr, stride_kd: tl.constexpr, stride_vd: tl.constexpr,
+    stride_mb, stride_mh, stride_mn, lists_b, lists_h, H, N, M, m, group, scale,
+    stride_qd: tl.constexpr, stride_kd: tl.constexpr, stride_vd: tl.constexpr, stride_mm: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASK: tl.constexpr, MASK_ROWS: tl.constexpr,
     CHECK_KEYS: tl.constexpr, LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -155,18 +155,17 @@ def config_for(
     tile = block_size & -block_size  # the largest power of two that divides it
     if dtype == torch.float32:  # each product is three, and operands take twice the registers
         queries, keys, stages = (32, 32, 2) if D <= 64 else (32, 16, 2) if D <= 128 else (16, 16, 2)
-        warps = 4 if D <= 128 else 8
+        warps = 4 if D <= 64 else 8
     else:
         # The more queries share a tile of keys, the less the caches have to deliver: 128, at head size 128 in 64
         # registers of each lane of 8 warps. 64 keys keep the tensor cores of sm_90 and sm_100 busy; the others have
-        # registers for 32, and 99 KiB of shared memory on sm_89 and sm_120. A mask takes registers too, for its
-        # pointers.
+        # registers for 32, and 99 KiB of shared memory on sm_89 and sm_120. Masks need registers too.
         many = (capability // 10 in (9, 10) or D <= 64) and not masked
         queries, keys, stages = (128, 64 if many else 32, 3)
         if mask_rows or D > 128:
-            queries, keys, stages = (64, 32, 2)
-        # 16 rows a warp, the height of its product; of rows longer than 128 two warps take half each.
-        warps = min(queries, tile) // 16 * (2 if D > 128 else 1)
+            queries, keys, stages = (64, 16 if mask_rows and D > 128 else 32, 2)
+        # 16 rows a warp, the height of its product; of long rows, or beside a tile of mask, two warps take half each.
+        warps = min(queries, tile) // 16 * (2 if mask_rows or D > 128 else 1)
     return Config({"BLOCK_M": min(queries, tile), "BLOCK_N": min(keys, tile)}, warps, stages)
 
 
@@ -245,9 +244,9 @@ def _op(
     with device_of(q):
         _sparse_attention_kernel[(triton.cdiv(N, config.tiles["BLOCK_M"]), H, B)](
             q, k, v, kv_num_blocks.contiguous(), kv_indices.contiguous(), mask, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride(), *lists, H, N, M, m, H // Hkv,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask.stride()[:3], *lists, H, N, M, m, H // Hkv,
             max(scale * LOG2E.value, 1e-30),  # a masked -inf times 0 would not be a number
-            q.stride(3), k.stride(3), v.stride(3), D, DV, block_size, kind, mask_rows,
+            q.stride(3), k.stride(3), v.stride(3), mask.stride(3), D, DV, block_size, kind, mask_rows,
             M % block_size != 0, return_lse,
             **config.tiles, BLOCK_D=_padded(D), BLOCK_DV=_padded(DV), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -285,11 +284,11 @@ def _specimens() -> Iterator[Specimen]:
             target: config_for(D, dtype, block, target, mask != "none", rows) for target in (80, 89, 90, 100, 120)
         }
         strides = [f"stride_{x}{axis}" for x in "qkv" for axis in "bhn"]
-        integers = [*strides, *(f"stride_m{axis}" for axis in "bhnm"), *"HNMm", "lists_b", "lists_h", "group"]
+        integers = [*strides, *(f"stride_m{axis}" for axis in "bhn"), *"HNMm", "lists_b", "lists_h", "group"]
         types = dict.fromkeys(integers, "i32") | {f"{name}_ptr": f"*{kind}" for name in ("q", "k", "v", "out")}
         types |= {"num_ptr": "*i32", "indices_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32"}
         types |= {"mask_ptr": "*i1" if mask in ("bool", "key padding") else f"*{kind}"}
-        constants = dict.fromkeys(("stride_qd", "stride_kd", "stride_vd"), 1) | {
+        constants = dict.fromkeys(("stride_qd", "stride_kd", "stride_vd", "stride_mm"), 1) | {
             "D": D, "DV": D, "BLOCK_SIZE": block, "MASK": "bool" if mask == "key padding" else mask, "MASK_ROWS": rows,
             "CHECK_KEYS": not whole, "LSE": not whole, "BLOCK_D": _padded(D), "BLOCK_DV": _padded(D),
         }  # fmt: skip
