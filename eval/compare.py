@@ -22,9 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
-from diffaccel.eval.generate import Job, generate
+from diffaccel.eval.generate import Job, generate, steps_of
 from diffaccel.eval.measures import Measure, measures_of, text_of
 from diffaccel.eval.meter import metered
+from diffaccel.eval.peers import peers_of
 from diffaccel.eval.processes import Processes
 from diffaccel.eval.result import Result
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
@@ -37,6 +38,9 @@ from diffaccel.plan import Plan
 PlanLike = str | os.PathLike[str] | Plan
 Apply = Callable[[Any], AbstractContextManager[Any]]
 """Puts any acceleration on a pipeline: called with it, returns what takes it off again on leaving."""
+
+
+_TRIAL_STEPS = 6  # enough for caches to skip some
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ def compare(
     repeats: int = 1,
     *,
     measures: Sequence[str] = (),
+    peers: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
     turn: int = 4,
     noise_floor: bool = False,
@@ -81,6 +86,8 @@ def compare(
             numbers add that many steps.
         repeats: how often every item is timed; fidelity is taken from the first.
         measures: names of `diffaccel.eval.measures.MEASURES` to report beside PSNR and SSIM.
+        peers: accelerations of others to run beside, see `diffaccel.eval.peers.peers_of`. One that cannot run on this
+            pipeline becomes a note with the reason.
         folder: where results go as they come; an interrupted run goes on from there and loses at most the item in
             flight. None: a temporary folder that lives as long as the result.
         turn: prompts per row before the next row's turn. More = less attaching and warming up, drift cancels less.
@@ -95,9 +102,11 @@ def compare(
     pipe = getattr(model, "pipe", model)
     plans = dict(plans) if isinstance(plans, Mapping) else {name: name for name in plans}
     calls = {**getattr(model, "defaults", {}), **(calls or {})}
-    request = Request(pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor, tuple(measures))
+    request = Request(
+        pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor, tuple(measures), tuple(peers)
+    )
     request.check()
-    chosen = measures_of(measures, prompts)
+    chosen, offered = measures_of(measures, prompts), peers_of(peers)
     settings, steps = request.settings(), request.steps
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with _apply(plan)(pipe):
@@ -108,6 +117,11 @@ def compare(
     own = processes.share(jobs)
     variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
     variants += [Variant(name, "plan", _apply(plan), steps) for name, plan in plans.items()]
+    variants += [
+        Variant(name, "peer", apply, steps)
+        for name, apply in offered.items()
+        if _can_run(name, apply, pipe, jobs[0], calls, store, processes)
+    ]
     variants += [_fewer(n) for n in controls if isinstance(n, int)]
     if noise_floor:
         variants.append(Variant("noise floor", "noise floor", _other_threads, steps))
@@ -215,6 +229,23 @@ class _Runner:
 def _finite(value: float) -> float | None:
     """JSON has no infinity: an identical sample has no dB."""
     return value if math.isfinite(value) else None
+
+
+def _can_run(
+    name: str, apply: Apply, pipe: Any, job: Job, calls: Mapping[str, Any], store: Store, processes: Processes
+) -> bool:
+    """Whether a peer gets through a short call; if not, a note says why. Found out once, by process 0."""
+    if processes.first and not store.records("peer", row=name):
+        short = calls if steps_of(pipe, calls) is None else {**calls, "num_inference_steps": _TRIAL_STEPS}
+        reason = None
+        try:
+            with quiet(pipe), apply(pipe):
+                generate(pipe, job, short)
+        except Exception as error:  # other people's code: anything can come out of it
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            store.append(kind="note", text=f"{name} cannot run here: {reason:.300}")
+        store.append(kind="peer", row=name, runs=reason is None)
+    return processes.agree(processes.first and store.records("peer", row=name)[0]["runs"])
 
 
 def _open(folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], processes: Processes) -> Store:

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AMPLIFY = 10
-_COLOURS = {"reference": "#444444", "plan": "#1b6ca8", "control": "#c8742a", "noise floor": "#888888"}
+_COLOURS = {
+    "reference": "#444444",
+    "plan": "#1b6ca8",
+    "peer": "#7a4fa3",
+    "control": "#c8742a",
+    "noise floor": "#888888",
+}
 
 
 def draw(result: Result, folder: str | os.PathLike[str]) -> list[Path]:

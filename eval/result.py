@@ -28,7 +28,8 @@ class Row:
 
     Attributes:
         name: the plan's name, ``reference``, or ``12 steps``.
-        kind: ``reference``, ``plan``, ``control`` (fewer steps, nothing else) or ``noise floor``.
+        kind: ``reference``, ``plan``, ``peer`` (somebody else's acceleration), ``control`` (fewer steps, nothing else)
+            or ``noise floor``.
         steps: ``num_inference_steps`` of its calls; None where the pipeline takes none.
         control_of: for a control, the plans whose cost it meets most nearly.
         loop_seconds: median over the items of the seconds in the denoising loop.

@@ -39,6 +39,7 @@ class Request:
     turn: int
     noise_floor: bool
     measures: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int | None:
@@ -103,6 +104,7 @@ class Request:
             "turn": self.turn,
             "noise_floor": self.noise_floor,
             "measures": list(self.measures),
+            "peers": list(self.peers),
             "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO
 from zoo_pipelines import PIPELINES
 
+import diffaccel
 from diffaccel import Plan, Quantize
 from diffaccel.errors import InputError, ModelError
 from diffaccel.inspection import capture_inputs, draw, inspect_model, predict_memory, predict_pipeline_memory
@@ -136,6 +137,16 @@ class _Chain(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return hidden_states
+
+
+def test_bytes_of_int8_weights_in_whatever_form_runs_here():
+    layers = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 32))
+    model = ZOO["pixart_sigma"].build()
+    full = module_bytes(model)
+    with diffaccel.accelerate(model, Plan(quantization=[Quantize()])) as accel:
+        facts = accel.report().techniques[0].facts
+        assert module_bytes(model) == full - facts["bytes_before"] + facts["bytes_after"]
+    assert module_bytes(layers) == 4 * (64 * 64 + 64 * 32 + 32)
 
 
 def test_predicted_memory_of_a_chain_is_exact():

@@ -18,6 +18,8 @@ diffaccel compare
 
 diffaccel compare -m bundled:video --plan balanced --plan fast -n 16 -o out/compare
 
+diffaccel compare --plan fast --peer first-block-cache=0.12 --peer cache-dit --peer torch-compile
+
 diffaccel compare -m ./my-pipeline --prompts prompts.txt --plan plans/mine --steps 30 --json > result.json
 """
 
@@ -26,6 +28,10 @@ def compare(
     model: Model = "bundled:image",
     plan: Annotated[
         list[str] | None, typer.Option(help="Preset or saved plan's folder; several: one row each.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Other people's acceleration beside: first-block-cache=0.08, cache-dit, ..., or all."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line, or a JSON list.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 8,
@@ -64,7 +70,17 @@ def compare(
     from diffaccel.pipelines.loading import load
 
     wrapped = load(model, device=device, dtype=dtype)
-    result = run(wrapped, chosen, texts, seed or [0], calls, repeats=repeats, folder=output, progress=err.is_terminal)
+    result = run(
+        wrapped,
+        chosen,
+        texts,
+        seed or [0],
+        calls,
+        repeats=repeats,
+        peers=peer or (),
+        folder=output,
+        progress=err.is_terminal,
+    )
     if not Processes.here().first:
         return
     result.save(output / "result.json")

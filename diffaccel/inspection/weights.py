@@ -17,6 +17,9 @@ def module_bytes(module: nn.Module) -> int:
     storages: dict[int, int] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         for plain in _plain_tensors(tensor.data):
+            if plain.is_mkldnn:  # blocked for oneDNN: it hides its storage, and shares it with nobody
+                storages[-id(tensor) - len(storages)] = plain.nbytes
+                continue
             storage = plain.untyped_storage()
             # Meta tensors all have address 0, fake ones raise: there each tensor is its own storage.
             real = plain.device.type != "meta" and not isinstance(plain, torch._subclasses.FakeTensor)
