@@ -203,7 +203,9 @@ def sparse_attention(
         raise ValueError(f"q, k, v do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if max(D, v.shape[3]) > 256 or block_size < 16 or block_size % 16:
         raise ValueError(f"head sizes go to 256, blocks are multiples of 16; got {D}, {v.shape[3]} and {block_size}")
-    if kv_indices.shape[2:] != lists or kv_indices.shape[:3] != kv_num_blocks.shape:
+    samples, heads = kv_num_blocks.shape[:2]
+    fits = samples in (1, B) and heads in (1, H) and kv_num_blocks.shape == kv_indices.shape[:3]
+    if not fits or kv_indices.shape[2:] != lists:
         got = tuple(kv_num_blocks.shape), tuple(kv_indices.shape)
         raise ValueError(f"lists must be [B or 1, H or 1, {lists[0]}] and [.., {lists[1]}], got {got[0]} and {got[1]}")
     scale = D**-0.5 if scale is None else scale

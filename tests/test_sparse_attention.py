@@ -174,6 +174,7 @@ def test_mistakes_are_named():
         ((q, k[:, :, 1:], v, num, indices, size), "do not fit"),
         ((q, k, v, num, indices, 8), "multiples of 16"),
         ((q, k, v, num, indices, 32), "lists must be"),
+        ((q, k, v, num.repeat(1, 2, 1), indices.repeat(1, 2, 1, 1), size), "lists must be"),
         ((q, k, v, num, indices, size, None, -1.0), "scale must not be negative"),
     ]:
         with pytest.raises(ValueError, match=message):
