@@ -2,9 +2,9 @@
 
     y[m, n] = (sum_k q[m, k] w[n, k]) * scale[n] * row_scale[m] + bias[n]
 
-Sums run in float32. Hopper's tensor cores keep about 14 bits while they add (arXiv:2412.19437, sec. 3.3.2): over
-thousands of products of one sign that loses more than a percent. Here, as there, they add 128 products (256 for up to
-32 rows), and float32 adds those sums.
+Sums run in float32. The tensor cores of Ada and Hopper keep about 14 bits while they add (arXiv:2412.19437, sec. 3.3.2;
+arXiv:2411.10958): over thousands of products of one sign that loses more than a percent. There they add one block of
+128 products (256 for few rows), and float32 adds those sums.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffaccel.kernels import int8_gemm
-from diffaccel.kernels._launch import Config, Specimen, device_of, dot
+from diffaccel.kernels._launch import Config, Specimen, device_of
 from diffaccel.kernels.int8_gemm import capability_of, check, configurations, tile_of, tiles
 from diffaccel.kernels.token_quantize import cast, runs_here
 
@@ -39,7 +39,7 @@ def fp8_gemm_ref(
 @triton.jit
 def _gemm_kernel(
     q_ptr, weight_ptr, row_scale_ptr, scale_ptr, bias_ptr, y_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHORT_SUMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # grid: (tiles,)  # fmt: skip
     m, n = tile_of(M, N, BLOCK_M, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -51,7 +51,8 @@ def _gemm_kernel(
         keep = k < K - start
         q = tl.load(q_ptrs, mask=keep[None, :], other=0.0)
         weight = tl.load(weight_ptrs, mask=keep[:, None], other=0.0)
-        acc += dot(q, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+        # 0 lets the compiler fold the addition into the product.
+        acc += tl.dot(q, weight, max_num_imprecise_acc=BLOCK_K if SHORT_SUMS else 0)
         q_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
     row_scale = tl.load(row_scale_ptr + m, mask=m < M, other=0.0)
@@ -61,6 +62,11 @@ def _gemm_kernel(
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def short_sums(capability: int) -> bool:
+    """Whether float32 adds the sums of blocks; on sm_100 it would have to fetch them from tensor memory each time."""
+    return not 100 <= capability < 120
 
 
 def config_for(M: int, N: int, K: int, capability: int) -> Config:
@@ -101,12 +107,14 @@ def _fp8_gemm(
     M = row_scale.numel()
     if y.numel() == 0:
         return y
-    config = config_for(M, N, K, capability_of(q))
+    capability = capability_of(q)
+    config = config_for(M, N, K, capability)
     operands = (t if t is None else t.contiguous() for t in (q, weight, row_scale, scale, bias))
     with device_of(q):
         _gemm_kernel[(tiles(M, N, config),)](
-            *operands, y, M, N, K, **config.tiles, num_warps=config.warps, num_stages=config.stages
-        )
+            *operands, y, M, N, K,
+            SHORT_SUMS=short_sums(capability), **config.tiles, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return y
 
 
@@ -117,16 +125,18 @@ def _(q: Tensor, weight: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor 
 
 SPECIMENS = tuple(
     Specimen(
-        name=f"fp8_gemm {dtype}, {name}",
+        name=f"fp8_gemm {dtype}, {name}{'' if short else ', long sums'}",
         kernel=_gemm_kernel,
         types={"q_ptr": "*fp8e4nv", "weight_ptr": "*fp8e4nv", "row_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
         | {"bias_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"},
-        constants={},
+        constants={"SHORT_SUMS": short},
         config=config,
         aligned=aligned,
         tensor_cores="fp8",
-        targets=targets,
+        targets=chips,
     )
     for dtype in ("bf16", "fp16", "fp32")
     for name, config, aligned, targets in configurations(MANY_TILES)
+    for short in (True, False)
+    if (chips := tuple(chip for chip in targets if short_sums(chip) == short))
 )

@@ -31,7 +31,8 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` [..., K] -> e4m3fn [..., K] and float32 scale [..., 1]; x ~ q * scale."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).div_(_QMAX).clamp_(min=_SCALE_FLOOR)
+    # By a tensor: on CUDA a number's inverse is multiplied with instead, which rounds twice and breaks ties otherwise.
+    scale = x.abs().amax(-1, keepdim=True).div_(x.new_full((), _QMAX)).clamp_(min=_SCALE_FLOOR)
     return (x * scale.reciprocal()).to(FP8), scale
 
 

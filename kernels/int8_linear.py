@@ -44,7 +44,8 @@ def quantize_per_token(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     qmax = 2 ** (bits - 1) - 1
     # Two reductions read x twice and write nothing; abs().amax() is 2-3x slower.
     scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
-    scale = scale.div_(qmax).clamp_(min=_SCALE_FLOOR)
+    # By a tensor: on CUDA a number's inverse is multiplied with instead, which rounds twice and breaks ties otherwise.
+    scale = scale.div_(scale.new_full((), qmax)).clamp_(min=_SCALE_FLOOR)
     inverse = scale.reciprocal()
     if x.device.type != "cpu" or x.numel() <= _CHUNK:
         return (x * inverse).round_().to(torch.int8), scale

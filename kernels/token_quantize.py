@@ -58,7 +58,8 @@ def token_quantize_ref(
         y = y * (1 + _beside(scale, x).float())
     if shift is not None:
         y = y + _beside(shift, x).float()
-    row_scale = (y.abs().amax(-1, keepdim=True) / QMAX[dtype]).clamp(min=SCALE_FLOOR.value)
+    # By a tensor: on CUDA a number's inverse is multiplied with instead, which rounds twice and breaks ties otherwise.
+    row_scale = (y.abs().amax(-1, keepdim=True) / y.new_full((), QMAX[dtype])).clamp(min=SCALE_FLOOR.value)
     q = torch.where(row_scale.isfinite(), y * row_scale.reciprocal(), 0.0)
     return (q.round() if dtype == torch.int8 else q).to(dtype), row_scale
 
