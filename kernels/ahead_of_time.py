@@ -178,7 +178,7 @@ def _read_binary(cubin: bytes, disassemble: bool) -> tuple[int, int, set[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", *(["-sass"] if disassemble else []), file.name]
+        command = [str(tool), "-res-usage", *(["-sass"] if disassemble else []), file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert usage is not None, "cuobjdump reported no registers"

@@ -74,7 +74,7 @@ class Case:
     """One candidate at one shape.
 
     disables: (operator, candidate) pairs that a failure takes out of the choice. timed: False where it is interpreted.
-    compiles: whether it is also run under torch.compile.
+    compiles, captures: whether it is also run under torch.compile and, on CUDA, in a CUDA graph.
     """
 
     operator: str
@@ -85,6 +85,7 @@ class Case:
     disables: tuple[tuple[str, str], ...] = ()
     timed: bool = True
     compiles: bool = True
+    captures: bool = True
 
     @property
     def name(self) -> str:
@@ -94,6 +95,10 @@ class Case:
         """The result of this case."""
         dtype = str(self.dtype).removeprefix("torch.")
         return Result(self.operator, self.candidate, dtype, self.shape, disables=self.disables, **outcome)
+
+
+class NotHere(Exception):
+    """The candidate cannot take this case on this device; the message says why."""
 
 
 class Surroundings:
@@ -135,10 +140,12 @@ def examine(case: Case, device: torch.device) -> Result:
         checks["repeats"] = _differs(subject.run(*subject.inputs), first)
         if case.compiles:
             checks["compiles"] = _differs(_compiled(subject, device), first)
-        if device.type == "cuda":
+        if case.captures and device.type == "cuda":
             checks["captures"] = _capture(subject)
         checks["keeps inside"] = None if surroundings.intact() else "wrote outside its tensors"
         seconds, dense, peak = _measure(subject, device) if case.timed else (None, None, None)
+    except NotHere as reason:
+        return case.result(skipped=str(reason))
     except torch.OutOfMemoryError:
         return case.result(skipped="not enough memory")
     except Exception as reason:

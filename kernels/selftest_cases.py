@@ -17,9 +17,9 @@ from torch import Tensor
 
 from diffaccel.kernels import fp8_linear, int8_linear
 from diffaccel.kernels.block_pattern import BlockPattern
-from diffaccel.kernels.block_sparse import block_sparse_attention
+from diffaccel.kernels.block_sparse import block_sparse_attention, path_for
 from diffaccel.kernels.roofline import ATTENTIONS, DENSITIES, LINEARS, Attention, Linear
-from diffaccel.kernels.selftest import Case, Subject, Surroundings
+from diffaccel.kernels.selftest import Case, NotHere, Subject, Surroundings
 
 # Rows whose result is compared: float64 over all of them would take longer than everything else, and not fit the card.
 _SAMPLES = 64
@@ -196,7 +196,10 @@ def _attention_cases(device: torch.device) -> Iterator[Case]:
                 name = f"{shape.model.split()[0]} {shape.where}: H {shape.heads}, N {shape.tokens}, D {shape.size}"
                 make = partial(_attention, shape=shape, dtype=dtype, density=density, path=path)
                 disables = () if path == "blocks" else (("block_sparse_attention", path),)
-                yield Case("block_sparse_attention", path, dtype, f"{name}, density {density}", make, disables)
+                # Gathered blocks are listed on the host, which a graph cannot do again.
+                captures = path != "blocks"
+                name = f"{name}, density {density}"
+                yield Case("block_sparse_attention", path, dtype, name, make, disables, captures=captures)
 
 
 def _attention(around: Surroundings, shape: Attention, dtype: torch.dtype, density: float, path: str) -> Subject:
@@ -212,6 +215,9 @@ def _attention(around: Surroundings, shape: Attention, dtype: torch.dtype, densi
         kv_num_blocks=around.place(pattern.kv_num_blocks),
         kv_indices=around.place(pattern.kv_indices),
     )
+    taken = path_for(q, k, v, pattern, path=path)
+    if taken.name != path:
+        raise NotHere(taken.reason)
     rows = _sampled(N, generator)
     return Subject(
         run=lambda q, k, v: block_sparse_attention(q, k, v, pattern, path=path),

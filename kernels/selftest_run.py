@@ -71,8 +71,7 @@ def run(device: str, pattern: str = "*", begin: Callable[[Plan], None] = lambda 
         # A worker that ended between two cases had a reason that lies in the first: its GPU context was gone.
         if len(results) < len(plan.cases) and (begun or len(results) == done):
             fate = "took too long" if worker.hung else "crashed"
-            checks = {"runs": f"{fate}: {worker.last_words()}"}
-            results.append(replace(plan.cases[len(results)], checks=checks))
+            results.append(replace(plan.cases[len(results)], checks={"runs": f"{fate}: {worker.last_words()}"}))
             yield _remember(results[-1], plan)
     if pattern == "*":
         for operator, candidate in _pairs(results, failed=False) - _pairs(results, failed=True):

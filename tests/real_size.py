@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffaccel.denoiser import find_denoisers
+
 # One mode for models and inputs, as tensors of two modes cannot meet. It refuses real tensors, which all seven bear.
 fake_mode = FakeTensorMode()
 
@@ -173,6 +175,18 @@ def build_fake(name: str) -> nn.Module:
             for key, old in module.named_parameters(recurse=False):
                 dtype = torch.float32 if kept & {*path.split("."), key} else DTYPE
                 setattr(module, key, nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=False))
+    return model
+
+
+def shallow(model: nn.Module) -> nn.Module:
+    """One block of each list of repeated blocks, two where they differ: a plan does to each block alike."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name, _ in find_denoisers(model)[0].blocks)
+    for parent in parents:
+        blocks = model.get_submodule(parent)
+        shapes = [[p.shape for p in block.parameters()] for block in blocks]
+        kept = [blocks[0]] if shapes[0] == shapes[-1] else [blocks[0], blocks[-1]]
+        above, _, name = parent.rpartition(".")
+        setattr(model.get_submodule(above), name, nn.ModuleList(kept))
     return model
 
 

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
-from real_size import REAL_SIZE, build_fake, fake_inputs
+from real_size import REAL_SIZE, build_fake, fake_inputs, shallow
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from diffaccel import BlockSparse, Plan, Quantize, StepCache
 from diffaccel.denoiser import find_denoisers
@@ -38,18 +40,6 @@ BILLIONS = {
 }
 
 
-def _shallow(model: nn.Module) -> nn.Module:
-    """One block of each list of repeated blocks, two where they differ: a plan does to each block alike."""
-    parents = dict.fromkeys(name.rpartition(".")[0] for name, _ in find_denoisers(model)[0].blocks)
-    for parent in parents:
-        blocks = model.get_submodule(parent)
-        shapes = [[p.shape for p in block.parameters()] for block in blocks]
-        kept = [blocks[0]] if shapes[0] == shapes[-1] else [blocks[0], blocks[-1]]
-        above, _, name = parent.rpartition(".")
-        setattr(model.get_submodule(above), name, nn.ModuleList(kept))
-    return model
-
-
 @pytest.mark.parametrize("name", REAL_SIZE)
 def test_memory_at_full_depth(name):
     model = build_fake(name)
@@ -74,7 +64,7 @@ def test_memory_at_full_depth(name):
 
 @pytest.mark.parametrize("name", REAL_SIZE)
 def test_every_plan_agrees_with_the_plain_forward(name):
-    model = _shallow(build_fake(name))
+    model = shallow(build_fake(name))
     inputs = fake_inputs(name)
     plain = predict_memory(model, inputs)
     before = _state(model)
@@ -118,3 +108,73 @@ def test_a_scalar_read_inside_the_denoiser_is_seen():
 
     predicted = predict_memory(Reads(), {"hidden_states": torch.zeros(2, 8), "timestep": torch.ones(2)})
     assert predicted.syncs == {"a scalar was read": 1, "a tensor was copied to the host": 1}
+
+
+class _Shapes(TorchFunctionMode):
+    """Runs a forward's linear layers and attention calls a second time, through our kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is F.linear and args[0].shape[-1] % 16 == 0:
+            self._check_linear(*args[:2], result)
+        elif function is F.scaled_dot_product_attention:
+            q, k, v = args if args else (kwargs["query"], kwargs["key"], kwargs["value"])
+            self._check_attention(q, k, v, result)
+        return result
+
+    def _check_linear(self, x, weight, expected):
+        from diffaccel.kernels.fp8_linear import fp8_linear
+        from diffaccel.kernels.int8_gemm import int8_gemm
+        from diffaccel.kernels.token_quantize import token_quantize
+
+        if (shape := (*x.shape, len(weight))) in self.seen:
+            return
+        self.seen.add(shape)
+        with torch._C.DisableTorchFunction():
+            scale = weight.new_empty(len(weight), dtype=torch.float32)
+            for eps in (None, 1e-6):
+                q, row_scale = token_quantize(x, torch.int8, eps)
+            y = int8_gemm(q, weight.to(torch.int8), row_scale, scale, None, x.dtype)
+            fp8 = fp8_linear(x, weight.to(torch.float8_e4m3fn), scale)
+        assert _kind(y) == _kind(fp8) == _kind(expected), shape
+
+    def _check_attention(self, q, k, v, expected):
+        from diffaccel.kernels.permute_tokens import permute_tokens
+        from diffaccel.kernels.sparse_attention import sparse_attention
+
+        if (shape := (*q.shape, *k.shape)) in self.seen:
+            return
+        self.seen.add(shape)
+        with torch._C.DisableTorchFunction():
+            n, m = (-(-x.shape[2] // 128) for x in (q, k))
+            num, indices = (q.new_empty(1, q.shape[1], *size, dtype=torch.int32) for size in ((n,), (n, m)))
+            order = q.new_empty(q.shape[1], q.shape[2], dtype=torch.int32)
+            y, _ = sparse_attention(permute_tokens(q, order), k, v, num, indices, 128)
+        assert _kind(y) == _kind(expected), shape
+
+
+def _kind(x: torch.Tensor) -> tuple:
+    return x.shape, x.dtype, x.device
+
+
+@pytest.mark.parametrize("name", REAL_SIZE)
+def test_every_kernel_takes_the_shapes_without_a_host_sync(name):
+    pytest.importorskip("triton")
+    model = shallow(build_fake(name))
+    shapes = _Shapes()
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **arguments):
+            with shapes:
+                return self.model(**arguments)
+
+    assert predict_memory(Watched(), fake_inputs(name)).syncs == {}
+    assert len(shapes.seen) >= 5
