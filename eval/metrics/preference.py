@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 
+from diffaccel.eval.metrics.features import as_rgb
 from diffaccel.eval.metrics.samples import as_samples
 
-Scorer = Callable[[Image, str], float]
+Scorer = Callable[[Image.Image, str], float]
 
 
 def preference(scorer: Scorer, samples: Any, prompts: Sequence[str]) -> Tensor:
@@ -34,14 +35,13 @@ def preference(scorer: Scorer, samples: Any, prompts: Sequence[str]) -> Tensor:
     Raises:
         ValueError: not samples, another number of prompts, or a score that is not finite.
     """
-    from torchvision.transforms.functional import to_pil_image
-
-    videos = as_samples(samples).clamp(0, 1)
+    videos = as_rgb(as_samples(samples)).clamp(0, 1)
     if isinstance(prompts, str) or len(prompts) != len(videos):
         raise ValueError(f"need a list of one prompt for each of {len(videos)} samples, got {prompts!r}")
+    arrays = (255 * videos).round().byte().movedim(-3, -1).numpy()  # [N, F, H, W, 3]
     scores = [
-        [float(scorer(to_pil_image((255 * frame).round().byte()), prompt)) for frame in video]
-        for video, prompt in zip(videos, prompts, strict=True)
+        [float(scorer(Image.fromarray(frame), prompt)) for frame in video]
+        for video, prompt in zip(arrays, prompts, strict=True)
     ]
     for prompt, row in zip(prompts, scores, strict=True):
         if not all(map(math.isfinite, row)):
