@@ -159,8 +159,9 @@ def config_for(
     else:
         # The more queries share a tile of keys, the less the caches have to deliver: 128, at head size 128 in 64
         # registers of each lane of 8 warps. 64 keys keep the tensor cores of sm_90 and sm_100 busy; the others have
-        # registers for 32, and 99 KiB of shared memory on sm_89 and sm_120. Masks need registers too.
-        many = (capability // 10 in (9, 10) or D <= 64) and not masked
+        # registers for 32, and 99 KiB of shared memory on sm_89 and sm_120. Masks need registers too, and at head size
+        # 32 the compiler aims at so many programs at once on sm_100 that it spills 64 keys.
+        many = (D > 32 if capability // 10 in (9, 10) else D <= 64) and not masked
         queries, keys, stages = (128, 64 if many else 32, 3)
         if mask_rows or D > 128:
             queries, keys, stages = (64, 16 if mask_rows and D > 128 else 32, 2)
