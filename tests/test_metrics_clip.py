@@ -20,7 +20,7 @@ from diffaccel.eval.metrics.perceptual import shapes_perceptual
 
 open_clip = pytest.importorskip("open_clip")
 
-SIZE, WIDTH, LAYERS, WORDS, LENGTH, OUT = 32, 64, 2, 300, 16, 24
+SIZE, WIDTH, LAYERS, WORDS, LENGTH, OUT = 32, 64, 2, 54, 16, 24
 PROMPTS = ["a red circle", "two blue squares", "a green star on the left"]
 
 
@@ -50,28 +50,14 @@ def _pictures(*shape: int, seed: int = 0) -> np.ndarray:
     return coarse.repeat(8, axis=-3).repeat(8, axis=-2)
 
 
-class _Tokens(dict):
-    def to(self, device):
-        return self
+def _processor():
+    """Transformers' own, with the letters as vocabulary."""
+    from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
-
-class _Processor:
-    """Stands for transformers' processor, whose vocabulary would have to be loaded; its resizing is transformers'."""
-
-    def __init__(self):
-        from transformers import CLIPImageProcessor
-
-        self.image_processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE)
-
-    def tokenizer(self, texts, **_):
-        ids = _tokenize(texts)
-        return _Tokens(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-
-def _tokenize(texts):
-    """Letters as tokens between marks; the end mark is the highest token, where open_clip reads the caption off."""
-    rows = [[WORDS - 2, *(ord(c) % 200 for c in text[: LENGTH - 2]), WORDS - 1] for text in texts]
-    return torch.tensor([row + [WORDS - 1] * (LENGTH - len(row)) for row in rows])
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=LENGTH)
+    return CLIPProcessor(CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=SIZE), tokenizer)
 
 
 def _transformers_model():
@@ -142,10 +128,14 @@ def test_clip_score_is_transformers_with_the_same_weights():
         torch.manual_seed(0)
         theirs = _transformers_model()
         ours = _open_clip_model(theirs)
-    processor = _Processor()
+    processor = _processor()
+
+    def tokenize(texts):
+        return processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    clip = OpenClip(ours, image_transform_v2(PreprocessCfg(size=SIZE), is_train=False), _tokenize)
+    clip = OpenClip(ours, image_transform_v2(PreprocessCfg(size=SIZE), is_train=False), tokenize)
     same = load_clip(lambda: (theirs, processor))
     images = _pictures(3, 48, 64)  # both must resize and cut
     scores = clip_score(clip, images, PROMPTS)
@@ -154,7 +144,7 @@ def test_clip_score_is_transformers_with_the_same_weights():
     square = _pictures(3, SIZE, SIZE)  # nothing to resize: nothing but the networks
     pixels = processor.image_processor(images=list(square), do_rescale=False, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        out = theirs(input_ids=_tokenize(PROMPTS), pixel_values=pixels)
+        out = theirs(input_ids=tokenize(PROMPTS), pixel_values=pixels)
     expected = 100 * cosine_similarity(out.image_embeds, out.text_embeds)
     assert expected.std() > 1
     for model in (clip, same):
