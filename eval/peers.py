@@ -87,7 +87,7 @@ def _diffusers(make: Callable[[Any, float], tuple[Callable[..., None], Any]]) ->
         registry = HookRegistry.check_if_exists_or_initialize(denoiser.module)
         scheduler = pipe.scheduler
         undo.callback(watch_method(scheduler, "set_timesteps", lambda _: registry.reset_stateful_hooks(recurse=True)))
-        if not any("_diffusers_hook" in m.__dict__ and m._diffusers_hook.hooks for m in denoiser.module.modules()):
+        if not any(_hooks(part) for part in denoiser.module.modules()):
             raise InputError("it finds nothing to hook in this model")
         handle = denoiser.module.register_forward_pre_hook(_with_context)
         undo.callback(handle.remove)
@@ -97,10 +97,15 @@ def _diffusers(make: Callable[[Any, float], tuple[Callable[..., None], Any]]) ->
 
 def _with_context(module: nn.Module, arguments: Any) -> None:
     for part in module.modules():
-        for hook in getattr(part.__dict__.get("_diffusers_hook"), "hooks", {}).values():
+        for hook in _hooks(part):
             for state in vars(hook).values():
                 if isinstance(state, StateManager) and state._context is None:
                     state.set_context(CacheContext(name="one"))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The hooks of diffusers on this module itself."""
+    return list(getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values())
 
 
 def _first_block_cache(pipe: Any, value: float) -> Any:
@@ -232,6 +237,7 @@ def peers_of(names: Sequence[str]) -> dict[str, Callable[[Any], AbstractContextM
             settings = [float(value)] if sign else list(PEERS[name].settings)
         except ValueError:
             raise InputError(f"peer {name}: the setting must be a number, got {value!r}") from None
-        for setting in settings or [None]:
+        chosen: Sequence[float | None] = settings or [None]
+        for setting in chosen:
             rows[name if setting is None else f"{name} {setting:g}"] = PEERS[name].on(setting)
     return rows

@@ -35,7 +35,7 @@ def device_of(x: Tensor) -> Iterator[None]:
 
 
 @triton.jit
-def dot(a, b, acc):
+def dot(a, b, acc):  # type: ignore[no-untyped-def]
     """acc + a @ b in float32 (int32 for int8). The interpreter multiplies the raw bits of bfloat16: it gets floats."""
     if INTERPRETED and (a.dtype == tl.bfloat16 or a.dtype == tl.float8e4nv):
         a, b = a.to(tl.float32), b.to(tl.float32)
