@@ -160,6 +160,8 @@ def test_pictures_are_prepared_as_open_clip_does_it_with_files(evaluator):
     found = evaluator.prepare(torch.from_numpy(bytes_).permute(0, 3, 1, 2).float() / 255)
     assert (found - expected).abs().max() < 2.1 / 127.5  # it rounds after each pass, too
     assert (found - expected).abs().mean() < 0.5 / 127.5
+    checkers = torch.from_numpy(_pictures(1, 160, 224).round()).permute(0, 3, 1, 2)
+    assert evaluator.prepare(checkers).abs().max() <= 1  # bicubic resizing leaves the range at edges of black and white
 
 
 def test_score_of_a_video_is_the_mean_of_its_frames(evaluator):
