@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
 from diffaccel.eval.generate import Job, generate, steps_of
-from diffaccel.eval.measures import Measure, measures_of, text_of
+from diffaccel.eval.measures import Chosen, measures_of, text_of
 from diffaccel.eval.meter import metered
 from diffaccel.eval.peers import peers_of
 from diffaccel.eval.processes import Processes
@@ -33,6 +33,7 @@ from diffaccel.eval.store import REFERENCE, Store, digest
 from diffaccel.eval.summary import matching_steps, result_of, speedup_of
 from diffaccel.inspection.quiet import quiet
 from diffaccel.inspection.weights import module_bytes
+from diffaccel.pipelines.tasks import makes_video
 from diffaccel.plan import Plan
 
 PlanLike = str | os.PathLike[str] | Plan
@@ -106,7 +107,7 @@ def compare(
         pipe, plans, prompts, seeds, calls, controls, repeats, turn, noise_floor, tuple(measures), tuple(peers)
     )
     request.check()
-    chosen, offered = measures_of(measures, prompts), peers_of(peers)
+    chosen, offered = measures_of(measures, prompts, video=makes_video(pipe)), peers_of(peers)
     settings, steps = request.settings(), request.steps
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with _apply(plan)(pipe):
@@ -144,7 +145,15 @@ def compare(
     store.reload()
     if not restored:
         warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
-    return result_of(store, variants, chosen, list(plans) if automatic else [], jobs, conditions_of(settings), restored)
+    return result_of(
+        store,
+        variants,
+        [c.measure for c in chosen],
+        list(plans) if automatic else [],
+        jobs,
+        conditions_of(settings),
+        restored,
+    )
 
 
 class _Runner:
@@ -155,7 +164,7 @@ class _Runner:
         pipe: Any,
         calls: Mapping[str, Any],
         store: Store,
-        measures: Sequence[Measure],
+        measures: Sequence[Chosen],
         bar: Progress,
         total: int,
     ) -> None:
@@ -210,9 +219,9 @@ class _Runner:
                 raise InputError(f"{variant.name}: output {sample.shape}, reference {reference.shape}: not comparable")
             facts["identical"] = np.array_equal(sample, reference)
         facts["scores"] = {
-            m.name: _finite(m.compute(sample, reference if m.fidelity else text_of(job.prompt)))
+            m.measure.name: _finite(m.compute(sample, reference if m.measure.fidelity else text_of(job.prompt)))
             for m in self._measures
-            if reference is not None or not m.fidelity
+            if reference is not None or not m.measure.fidelity
         }
         if not self._store.records("item", row=variant.name, item=job.index):
             self._store.save(variant.name, job.index, sample)

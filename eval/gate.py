@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffaccel.errors import InputError, did_you_mean
-from diffaccel.eval.measures import MEASURES
+from diffaccel.eval.measures import FIDELITY, MEASURES
 from diffaccel.eval.result import Row
 
 _CLAUSE = re.compile(r"\s*([a-z_]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
@@ -65,13 +65,14 @@ def parse_requirements(text: str, measures: Sequence[str]) -> list[Requirement]:
 
     Args:
         text: such as ``psnr>=36 & adherence_drop<=0.03``.
-        measures: those that the run reports.
+        measures: names of those that the run reports beside PSNR and SSIM, with or without their settings.
 
     Raises:
         InputError: not of that form, of a number that this run does not have, or with its worse side required.
     """
-    judged = [name for name in measures if not MEASURES[name].fidelity]
-    known = [*measures, *(name + _DROP for name in judged), *_COSTS]
+    reported = dict.fromkeys((*FIDELITY, *(name.partition("=")[0] for name in measures)))
+    judged = [name for name in reported if name in MEASURES and not MEASURES[name].fidelity]
+    known = [*reported, *(name + _DROP for name in judged), *_COSTS]
     found = []
     for clause in text.split("&"):
         match = _CLAUSE.fullmatch(clause)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffaccel.errors import InputError, did_you_mean
+from diffaccel.errors import InputError, MissingPackageError, did_you_mean
 from diffaccel.eval.checker import check_image, check_video
 from diffaccel.eval.metrics.intervals import Interval, difference_interval, mean_interval, no_worse
 from diffaccel.eval.metrics.psnr import PSNR_CAP, psnr
@@ -23,26 +23,40 @@ FIDELITY = ("psnr", "ssim")
 _CORE = ("color", "shape", "place", "relation", "motion")
 
 
+Compute = Callable[[np.ndarray, Any], float]
+"""Gets a sample, float32 ``[F, H, W, C]`` in [0, 1], and the reference of the same prompt and seed, or the prompt."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One measure.
 
     Args:
-        name: as users write it.
-        compute: gets the sample and, for a fidelity, the reference of the same prompt and seed, both float32
-            ``[F, H, W, C]`` in [0, 1], else the prompt; returns the value.
+        name: as users write it, before any ``=``.
+        make: loads what it needs, told which by what stands after ``=`` (None where nothing does), and returns what
+            computes it.
         higher_is_better: its direction.
         fidelity: whether it compares with the reference; the others judge a sample by itself, the reference's too.
+        of_video: whether it needs several frames.
         cap: what an infinite value counts as in a mean.
         check: raises InputError for a prompt that it cannot judge by.
     """
 
     name: str
-    compute: Callable[[np.ndarray, Any], float]
+    make: Callable[[str | None], Compute]
     higher_is_better: bool = True
     fidelity: bool = False
+    of_video: bool = False
     cap: float = math.inf
     check: Callable[[str], object] | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A measure that is ready: what it needs is loaded."""
+
+    measure: Measure
+    compute: Compute
 
 
 @dataclass(frozen=True)
@@ -81,35 +95,115 @@ def adherence(sample: np.ndarray, prompt: str) -> float:
     return float(all(verdict[name] for name in _CORE if name in verdict))
 
 
+def _plain(compute: Compute) -> Callable[[str | None], Compute]:
+    """For measures that load nothing."""
+
+    def make(setting: str | None) -> Compute:
+        if setting is not None:
+            raise ValueError(f"it takes no setting, got {setting!r}")
+        return compute
+
+    return make
+
+
+def _clip(setting: str | None) -> Any:
+    """``local-dir:FOLDER``, ``hf-hub:NAME`` or ``ARCHITECTURE:WEIGHTS``; the bundled evaluator where none is named."""
+    from diffaccel.assets import path
+    from diffaccel.eval.metrics.clip import load_clip
+
+    if setting is None:
+        try:
+            setting = f"local-dir:{path('shapes-clip')}"
+        except FileNotFoundError:
+            raise ValueError("no model named, and none ships: write for example clip=ViT-B-32:openai") from None
+    if setting.startswith(("local-dir:", "hf-hub:")):
+        return load_clip(setting)
+    return load_clip(*setting.split(":", 1))
+
+
+def _clip_score(setting: str | None) -> Compute:
+    from diffaccel.eval.metrics.clip_score import clip_score
+
+    clip = _clip(setting)
+    return lambda sample, prompt: clip_score(clip, [sample], [prompt]).item()
+
+
+def _clip_temporal(setting: str | None) -> Compute:
+    from diffaccel.eval.metrics.clip_score import clip_temporal_consistency
+
+    clip = _clip(setting)
+    return lambda sample, prompt: clip_temporal_consistency(clip, [sample]).item()
+
+
+def _perceptual(setting: str | None) -> Compute:
+    from diffaccel.eval.metrics.perceptual import shapes_perceptual
+
+    clip = _clip(setting)
+    return lambda sample, reference: shapes_perceptual(clip, [sample], [reference]).item()
+
+
+def _lpips(setting: str | None) -> Compute:
+    from diffaccel.eval.metrics.lpips import Lpips
+
+    lpips = Lpips(setting or "alex")  # type: ignore[arg-type]
+    return lambda sample, reference: lpips([sample], [reference]).item()
+
+
+def _flicker(sample: np.ndarray, reference: np.ndarray) -> float:
+    from diffaccel.eval.metrics.flicker import temporal_difference_error
+
+    return temporal_difference_error([sample], [reference]).item()
+
+
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         m.name: m
         for m in (
-            Measure("psnr", lambda sample, ref: psnr([sample], [ref]).item(), fidelity=True, cap=PSNR_CAP),
-            Measure("ssim", lambda sample, ref: ssim([sample], [ref]).item(), fidelity=True),
-            Measure("adherence", adherence, check=parse),
+            Measure("psnr", _plain(lambda sample, ref: psnr([sample], [ref]).item()), fidelity=True, cap=PSNR_CAP),
+            Measure("ssim", _plain(lambda sample, ref: ssim([sample], [ref]).item()), fidelity=True),
+            Measure("lpips", _lpips, higher_is_better=False, fidelity=True),
+            Measure("shapes_perceptual", _perceptual, higher_is_better=False, fidelity=True),
+            Measure("flicker", _plain(_flicker), higher_is_better=False, fidelity=True, of_video=True),
+            Measure("clip", _clip_score),
+            Measure("clip_temporal", _clip_temporal, of_video=True),
+            Measure("adherence", _plain(adherence), check=parse),
         )
     }
 )
 
 
-def measures_of(names: Sequence[str], prompts: Sequence[Any]) -> list[Measure]:
-    """`FIDELITY`, then the measures of these names.
+def measures_of(names: Sequence[str], prompts: Sequence[Any], *, video: bool = True) -> list[Chosen]:
+    """`FIDELITY`, then the measures of these names, with what they need loaded.
+
+    Args:
+        names: such as ``adherence`` or ``clip=ViT-B-32:openai``.
+        prompts: of the run.
+        video: whether the pipeline makes clips.
 
     Raises:
-        InputError: an unknown name, or a measure that cannot judge by one of these prompts.
+        InputError: an unknown name, a measure that cannot judge by one of these prompts or this kind of sample, or one
+            whose model cannot be had.
+        MissingPackageError: a measure's package is not installed.
     """
     chosen = []
-    for name in dict.fromkeys((*FIDELITY, *names)):
+    for text in dict.fromkeys((*FIDELITY, *names)):
+        name, sign, setting = text.partition("=")
         if name not in MEASURES:
             raise InputError(f"no measure {name!r}{did_you_mean(name, MEASURES)}")
         measure = MEASURES[name]
+        if measure.of_video and not video:
+            raise InputError(f"measure {name!r} needs clips, but this pipeline makes images")
         for prompt in prompts if measure.check is not None else ():
             try:
                 measure.check(text_of(prompt))  # type: ignore[misc]
             except InputError as error:
                 raise InputError(f"{name} cannot judge by this prompt: {error}") from None
-        chosen.append(measure)
+        try:
+            chosen.append(Chosen(measure, measure.make(setting if sign else None)))
+        except ImportError as error:
+            raise MissingPackageError(f"measure {name!r}: {error}") from None
+        except ValueError as error:
+            raise InputError(f"measure {text!r}: {error}") from None
     return chosen
 
 

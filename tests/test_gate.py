@@ -3,14 +3,16 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from diffaccel.errors import InputError
 from diffaccel.eval.gate import Requirement, judge, parse_requirements
-from diffaccel.eval.measures import MEASURES, Measure, measures_of, score
+from diffaccel.eval.measures import MEASURES, measures_of, score
 from diffaccel.eval.timing import Ratio
 
-RUN = ("psnr", "ssim", "adherence")
+RUN = ("adherence",)
 
 
 def row(speedup=2.0, model_bytes=100, **scores):
@@ -28,8 +30,7 @@ def test_a_score_caps_and_takes_the_lowest_tenth_rounded_up():
 
 
 def test_where_lower_is_better_the_worst_are_the_highest():
-    flicker = Measure("flicker", compute=lambda sample, reference: 0.0, higher_is_better=False)
-    summary = score(flicker, range(20), range(20), [v + 1 for v in range(20)])
+    summary = score(MEASURES["flicker"], range(20), range(20), [v + 1 for v in range(20)])
     assert (summary.worst, summary.worst_decile) == (19, 18.5) and summary.mean < summary.bound < summary.high
     assert summary.drop.value == -1 and summary.drop_bound == -1  # better by one everywhere
 
@@ -67,7 +68,7 @@ def test_requirements_that_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_requirements(text, RUN)
     with pytest.raises(InputError, match="ask for that measure too"):
-        parse_requirements("adherence>=0.5", ("psnr", "ssim"))
+        parse_requirements("adherence>=0.5", ())
 
 
 def test_a_mean_above_the_limit_is_not_enough():
@@ -94,9 +95,30 @@ def test_drops_speed_and_memory():
     assert not judge(Requirement("memory", 0.24), plan, reference).holds
 
 
-def test_measures_are_checked_against_the_prompts():
-    assert [m.name for m in measures_of(["adherence"], ["a red circle"])] == list(RUN)
+def test_measures_are_checked_before_anything_runs(tmp_path):
+    assert [c.measure.name for c in measures_of(["adherence"], ["a red circle"])] == ["psnr", "ssim", "adherence"]
     with pytest.raises(InputError, match="no measure 'adherance'; did you mean 'adherence'"):
         measures_of(["adherance"], ["a red circle"])
     with pytest.raises(InputError, match=r"adherence cannot judge by this prompt.*an astronaut"):
         measures_of(["adherence"], ["a red circle", "an astronaut"])
+    with pytest.raises(InputError, match="'flicker' needs clips"):
+        measures_of(["flicker"], ["a"], video=False)
+    with pytest.raises(InputError, match="'ssim=7': it takes no setting, got '7'"):
+        measures_of(["ssim=7"], ["a"])
+    with pytest.raises(InputError, match=r"clip=local-dir:.*cannot load CLIP model"):
+        measures_of([f"clip=local-dir:{tmp_path}"], ["a"])
+
+
+def test_measures_that_load_a_model(tmp_path):
+    from diffaccel.assets.make.evaluator import build, save
+
+    torch.manual_seed(0)
+    save(build(), tmp_path)
+    names = [f"{name}=local-dir:{tmp_path}" for name in ("clip", "clip_temporal", "shapes_perceptual")]
+    found = {c.measure.name: c.compute for c in measures_of([*names, "flicker"], ["a red circle"])}
+    clip, other = (np.random.default_rng(i).random((2, 32, 32, 3), np.float32) for i in range(2))
+    assert -100 <= found["clip"](clip, "a red circle") <= 100
+    still = np.repeat(clip[:1], 2, axis=0)
+    assert found["clip_temporal"](clip, "") < found["clip_temporal"](still, "") == pytest.approx(100, abs=1e-3)
+    assert found["shapes_perceptual"](clip, clip) == 0 < found["shapes_perceptual"](clip, other)
+    assert found["flicker"](clip, clip) == 0 < found["flicker"](clip, other)

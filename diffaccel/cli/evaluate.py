@@ -34,7 +34,8 @@ def evaluate(
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="Each prompt runs with the seeds 0, 1, ...")] = 1,
     measure: Annotated[
-        list[str] | None, typer.Option(help="Beside PSNR and SSIM, such as adherence; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Beside PSNR and SSIM: adherence, clip=ViT-B-32:openai, lpips, ...; several times."),
     ] = None,
     require: Annotated[
         str | None, typer.Option(help='Exit with 1 unless met with 95 % confidence: "psnr>=36 & adherence_drop<=0.03".')
@@ -62,13 +63,11 @@ def evaluate(
     quiet_libraries()
     from diffaccel.eval.compare import compare
     from diffaccel.eval.gate import judge, parse_requirements
-    from diffaccel.eval.measures import FIDELITY, measures_of
     from diffaccel.eval.page import write_page
     from diffaccel.eval.processes import Processes
     from diffaccel.pipelines.loading import load
 
-    names = [m.name for m in measures_of(measure or (), texts)]
-    required = parse_requirements(require, names) if require is not None else []
+    required = parse_requirements(require, measure or ()) if require is not None else []
     wrapped = load(model, device=device, dtype=dtype)
     result = compare(
         wrapped,
@@ -77,7 +76,7 @@ def evaluate(
         range(seeds),
         calls,
         controls=(),
-        measures=[name for name in names if name not in FIDELITY],
+        measures=measure or (),
         folder=output,
         progress=err.is_terminal,
     )
