@@ -109,6 +109,7 @@ def test_lpips_without_weights_says_where_to_put_them(no_network, tmp_path):
 def test_lpips_with_random_backbone_weights(monkeypatch):
     """The values mean nothing, the direction does: a random backbone's features tell pictures apart, too."""
     import torchvision
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -122,6 +123,11 @@ def test_lpips_with_random_backbone_weights(monkeypatch):
     samples, reference = _noisy(0.1, 1, 2, 64, 64, 3)
     frames = lpips(samples[0], reference[0])
     assert lpips(samples, reference).item() == pytest.approx(frames.mean().item(), rel=1e-6)
+    theirs = learned_perceptual_image_patch_similarity(
+        *(2 * torch.from_numpy(x[0]).permute(0, 3, 1, 2) - 1 for x in (samples, reference)), "squeeze", reduction="none"
+    )
+    assert frames.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert not lpips.metric.all_scores  # torchmetrics would keep the values of every call
     with pytest.raises(ValueError, match="64 x 64"):
         lpips(*_noisy(0.1, 1, 32, 64, 3))
 
@@ -137,7 +143,7 @@ def test_inception_without_weights_says_which_file_to_fetch(no_network, tmp_path
 
 def test_preference_asks_the_scorer_frame_by_frame():
     """A stand-in that likes bright pictures and long prompts."""
-    images = np.stack([np.full((4, 6, 3), v, np.float32) for v in (0.0, 1.0)])
+    images = np.stack([np.full((4, 6, 3), v, np.float32) for v in (0.0, 0.999)])  # 0.999 rounds to 255
     asked = []
 
     def scorer(picture, prompt):
