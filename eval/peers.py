@@ -62,15 +62,14 @@ def _applied(peer: Peer, setting: float | None, pipe: Any) -> Iterator[None]:
 
 
 def _restored(model: nn.Module) -> Callable[[], None]:
-    """What brings forwards, hooks, weights and compiled calls of all modules back to what they are now."""
-    names = ("forward", "_diffusers_hook", "_compiled_call_impl", "_cache_config")
-    before = {m: ({n: m.__dict__[n] for n in names if n in m.__dict__}, dict(m._parameters)) for m in model.modules()}
+    """What brings the attributes and weights of all modules, and so forwards and hooks, back to what they are now."""
+    before = {module: (dict(module.__dict__), dict(module._parameters)) for module in model.modules()}
 
     def restore() -> None:
         for module, (attributes, parameters) in before.items():
-            for name in names:
-                module.__dict__.pop(name, None)
+            module.__dict__.clear()
             module.__dict__.update(attributes)
+            module._parameters.clear()
             module._parameters.update(parameters)
 
     return restore
