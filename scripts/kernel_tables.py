@@ -24,7 +24,7 @@ on yours.
 {_HEADING}
 
 Registers per thread · KiB of shared memory per block · tensor-core instructions found. *Older*: not the instruction
-made for the chip, but one that still runs there. `diffaccel doctor --kernels` prints the same; CI compiles a fifth of
+made for the chip, but one that still runs there. `diffaccel doctor --kernels` prints the same; CI compiles a sixth of
 the table and fails where it has become worse.
 """
 

@@ -40,7 +40,7 @@ def test_the_table_has_no_problem(script):
 
 
 def test_no_kernel_has_become_worse(script):
-    """A fifth of the table. Registers and shared memory change with versions; what must not is said in `judge`."""
+    """A sixth of the table. Registers and shared memory change with versions; what must not is said in `judge`."""
     committed = script.committed()
     for row in report(sample=True):
         where = f"{row.specimen} on sm_{row.target}"
