@@ -249,9 +249,10 @@ def _measure(
     for name in names:
         try:
             error[name] = trial.error(trial.runs[name]())
-        except (RuntimeError, NotImplementedError, AttributeError) as reason:
+        except Exception as reason:  # a compiler raises anything; a candidate that fails is one fewer
             error[name] = float("inf")
-            warn_once(f"{operator}: candidate {name} failed on {device_name(device)} and is not used: {reason}")
+            why = f"{type(reason).__name__}: {reason}"
+            warn_once(f"{operator}: candidate {name} failed on {device_name(device)} and is not used: {why}")
             continue
         if error[name] > trial.tolerance[name]:
             warn_once(

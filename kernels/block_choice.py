@@ -159,18 +159,8 @@ def _trial(
     of_rows = attn_mask[:, :, rows] if attn_mask is not None and attn_mask.shape[2] > 1 else attn_mask
     expected = sdpa(q[:, :, rows], k, v, both(of_rows, keep), scale)
     return Trial(
-        runs={name: partial(_run, name, q, k, v, pattern, attn_mask, scale) for name in names},
+        runs={name: partial(RUN[name], q, k, v, pattern, attn_mask, scale) for name in names},
         error=lambda result: worst_row_error(result[:, :, rows], expected),
         tolerance=dict.fromkeys(names, tolerance),
         baseline=lambda: sdpa(q, k, v, attn_mask, scale),
     )
-
-
-def _run(name: str, *arguments: object) -> Tensor:
-    """One path on trial: whatever goes wrong in a compiler drops the candidate."""
-    try:
-        return RUN[name](*arguments)
-    except RuntimeError:
-        raise
-    except Exception as error:  # Triton's own are no RuntimeErrors
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffaccel.kernels._candidates import Trial, choose, token_bucket, worst_row_error
-from diffaccel.kernels.int8_linear import has_triton, saturating_data, triton_errors
+from diffaccel.kernels.int8_linear import has_triton, saturating_data
 
 FP8 = torch.float8_e4m3fn
 _QMAX = 448.0
@@ -94,12 +94,11 @@ def _scaled_mm(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -
 
 
 def _triton(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    with triton_errors():
-        from diffaccel.kernels.fp8_gemm import fp8_gemm
-        from diffaccel.kernels.token_quantize import token_quantize
+    from diffaccel.kernels.fp8_gemm import fp8_gemm
+    from diffaccel.kernels.token_quantize import token_quantize
 
-        q, row_scale = token_quantize(x, FP8)
-        return fp8_gemm(q, qweight, row_scale, scale, bias, x.dtype)
+    q, row_scale = token_quantize(x, FP8)
+    return fp8_gemm(q, qweight, row_scale, scale, bias, x.dtype)
 
 
 def _dense(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,8 +12,6 @@ On CUDA this is `torch._int_mm`, our Triton kernels (`token_quantize`, `int8_gem
 weights; elsewhere the latter.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -193,12 +191,11 @@ def _int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits:
 
 
 def _triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    with triton_errors():
-        from diffaccel.kernels.int8_gemm import int8_gemm
-        from diffaccel.kernels.token_quantize import token_quantize
+    from diffaccel.kernels.int8_gemm import int8_gemm
+    from diffaccel.kernels.token_quantize import token_quantize
 
-        q, row_scale = token_quantize(x)
-        return int8_gemm(q, weight, row_scale, scale, bias, x.dtype)
+    q, row_scale = token_quantize(x)
+    return int8_gemm(q, weight, row_scale, scale, bias, x.dtype)
 
 
 def _dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
@@ -209,20 +206,6 @@ def _dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: 
 
 
 _RUN = {"onednn": _onednn, "int_mm": _int_mm, "triton": _triton, "dense": _dense}
-
-
-@contextmanager
-def triton_errors() -> Iterator[None]:
-    """Makes whatever Triton raises (no C compiler, no Python headers, a compiler bug) a ``RuntimeError``.
-
-    That only disqualifies the candidate.
-    """
-    try:
-        yield
-    except (RuntimeError, ValueError):
-        raise
-    except Exception as error:
-        raise RuntimeError(f"{type(error).__name__} in Triton: {error}") from error
 
 
 @lru_cache(maxsize=16)
