@@ -134,7 +134,8 @@ def _conditions(results: dict[str, dict[str, Any]]) -> list[str]:
     where = first["processor"] if c["device"] == "cpu" else c["device"]
     threads = f"{c['threads']} thread{'s' if c['threads'] > 1 else ''}"
     return [
-        f"{counts}, seed {', '.join(map(str, first['seeds']))}, batch 1, {c['dtype']}, {where}, {threads}; {versions}. "
+        f"{counts} on which nothing was chosen, seed {', '.join(map(str, first['seeds']))}, batch 1, {c['dtype']}, "
+        f"{where}, {threads}; {versions}. "
         "Rows took turns; the speed-up is the median over the prompts. PSNR is against the original output of the same "
         "seed. The control runs the original pipeline with as many steps as cost the same time: a plan is worth its "
         "name where it is above its control."

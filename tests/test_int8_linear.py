@@ -216,7 +216,7 @@ def test_a_saturating_kernel_is_left_out():
 EMULATED = """
     import torch
     from diffaccel.kernels.int8_linear import *
-    from diffaccel.kernels.int8_linear import _exact
+    from diffaccel.kernels.int8_linear import _exact, _onednn
     torch.manual_seed(0)
     bits = activation_bits()
     for M, K, N in [(1, 64, 64), (33, 130, 67), (64, 1152, 48)]:
@@ -228,6 +228,12 @@ EMULATED = """
         ref = int8_linear_ref(x, q, s, None, bits)
         assert (int8_linear(x, p) - ref).norm() < 1e-5 * ref.norm(), (M, K, N)
         assert (ref - x @ w.t()).norm() < 0.02 * ref.norm()
+        # weights of 4 bits leave room for activations of 8: 2 * 255 * 8 stays far below 2**15
+        q4, one = torch.randint(1, 8, (N, K), dtype=torch.int8), torch.ones(N)
+        q4[1::2] = -8
+        y = _onednn(x, torch.ops.onednn.qlinear_prepack(q4, None), one, None, 8)
+        ref = int8_linear_ref(x, q4, one, None, 8)
+        assert (y - ref).abs().max() <= 1e-6 * ref.abs().max(), (M, K, N)
     print(bits, _exact("int_mm", 8))
 """
 

@@ -22,6 +22,7 @@ from diffaccel.assets.make import models
 from diffaccel.assets.make.loop import write_record, write_text
 
 ASSETS = Path(__file__).resolve().parent.parent
+RECORDS = Path(__file__).resolve().parent / "records"
 NAMES = {"image": "shapes-image", "video": "shapes-video", "unet": "shapes-unet"}
 EVALUATOR = "shapes-clip"
 # The calls that the measurement makes and a user should make.
@@ -155,3 +156,9 @@ def install_all(work: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target)
         print(f"installed {target}")
+    RECORDS.mkdir(exist_ok=True)
+    for done in sorted(work.glob("*/done.json")):  # how long each stage took, with what, and its learning curve
+        shutil.copyfile(done, RECORDS / f"{done.parent.name}.json")
+        curve = done.with_name("curve.csv")
+        if curve.exists():
+            shutil.copyfile(curve, RECORDS / f"{done.parent.name}.csv")

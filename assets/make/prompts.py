@@ -32,8 +32,8 @@ def main() -> None:
     while len(prompts) < 2 * COUNT:
         prompts[video_prompt(rng)] = None
     lines = list(prompts)
-    (folder / "video.txt").write_text("\n".join(lines[:COUNT]) + "\n")
-    (folder / "tuning_video_interim.txt").write_text("\n".join(lines[COUNT:]) + "\n")
+    (folder / "tuning_video_interim.txt").write_text("\n".join(lines[:COUNT]) + "\n")
+    (folder / "video.txt").write_text("\n".join(lines[COUNT:]) + "\n")
 
 
 if __name__ == "__main__":
