@@ -2,23 +2,24 @@
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from diffaccel.assets.make import assemble, models, run
+from diffaccel.assets.make import assemble, models, restore, run
 from diffaccel.assets.make.denoise import TRAININGS, _rotary
 from diffaccel.assets.make.evaluator import EvaluatorTraining, build, save
 from diffaccel.assets.make.latents import Latents, encode_shards
 from diffaccel.assets.make.loop import Loop
 from diffaccel.assets.make.muon import orthogonalise
 from diffaccel.assets.make.plain_attention import PlainAttention
-from diffaccel.assets.make.recipes import FULL, Phase, VaePhases
+from diffaccel.assets.make.recipes import FULL, SMOKE, Phase, VaePhases
 from diffaccel.assets.make.text import TextTraining, encode
 from diffaccel.assets.make.vae import VaeTraining
 from diffaccel.assets.make.wan_clip import decode_clip, encode_clip, whole_clip
@@ -178,6 +179,37 @@ def test_assembled_pipelines_load_by_plain_from_pretrained(work, tmp_path):
         out = pipe(prompt="a red circle", output_type="np", **call)
         sample = np.asarray(out.frames if kind == "video" else out.images)[0]
         assert sample.shape[-3:] == (size, size, 3) and np.isfinite(sample).all()
+
+
+def test_a_longer_training_goes_on_from_what_is_installed(work, tmp_path, monkeypatch):
+    """Where checkpoints are gone the next phase begins with the installed weights, on the installed VAE and encoder."""
+    monkeypatch.setattr(assemble, "ASSETS", tmp_path / "assets")
+    for module in (assemble, restore):
+        monkeypatch.setattr(module, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(restore, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(run, "ASSETS", tmp_path / "assets")
+    if not (work / "denoiser-image" / "done.json").exists():
+        assert Loop(_makers(work)["denoiser-image"](), work / "denoiser-image", bfloat16=False).run()
+    assemble.assemble(work, "image", work / "assembled" / "shapes-image")
+    assemble.install_all(work)
+    fresh = tmp_path / "work"
+    restore.restore(fresh)
+    assert {p.parent.name for p in fresh.glob("*/done.json")} >= {"vae-image", "text-image"}
+    phases = _denoiser(work, "image").phases
+    sizes = {("image", phase.size): 2 for phase in phases}
+    longer = replace(
+        SMOKE, denoisers={**SMOKE.denoisers, "image": (*phases, phases[-1])}, latents=SMOKE.latents | sizes
+    )
+    assert run.run_all(fresh, longer, only=["latents-image"], bfloat16=False)
+    began = []
+    monkeypatch.setattr(Loop, "_one_step", lambda self: began.append(self.step) or {"loss": 0.0})
+    assert run.run_all(fresh, longer, only=["denoiser-image"], bfloat16=False)
+    assert began == [sum(phase.steps for phase in phases)]
+    before, after = (
+        PixArtTransformer2DModel.from_pretrained(p, torch_dtype=torch.float32).state_dict()
+        for p in (work / "assembled" / "shapes-image" / "transformer", fresh / "denoiser-image" / "result" / "denoiser")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_open_clip_loads_the_evaluator_and_pools_at_the_end_mark(tmp_path):

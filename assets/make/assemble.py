@@ -75,15 +75,21 @@ def assemble(work: Path, kind: str, folder: Path) -> None:
     config = json.loads(file.read_text())
     config.pop("torch_dtype", None)
     file.write_text(json.dumps({**config, "dtype": "float32"}, indent=1) + "\n")
-    vae = "vae-video" if kind == "video" else "vae-image"
-    source = "video" if kind == "video" else "image"
-    latents = sorted(p.name for p in work.glob(f"latents-{source}-*"))
-    needed = [vae, f"text-{kind}", *latents, f"denoiser-{kind}"]
     call = ", ".join(f"{k}={v}" for k, v in CALLS[kind].items())
     usage = (
         f'pipe = DiffusionPipeline.from_pretrained("assets/{NAMES[kind]}", dtype=torch.float32)\npipe(prompt, {call})'
     )
-    write_text(folder / "README.md", card(work, NAMES[kind], WHAT[kind], usage, needed))
+    write_text(folder / "README.md", card(work, NAMES[kind], WHAT[kind], usage, stages_of(work, NAMES[kind])))
+
+
+def stages_of(work: Path, name: str) -> list[str]:
+    """The stages that made an asset."""
+    if name == EVALUATOR:
+        return ["evaluator"]
+    kind = next(kind for kind in NAMES if NAMES[kind] == name)
+    source = "video" if kind == "video" else "image"
+    latents = sorted(p.name for p in work.glob(f"latents-{source}-*"))
+    return [f"vae-{source}", f"text-{kind}", *latents, f"denoiser-{kind}"]
 
 
 def assemble_evaluator(work: Path, folder: Path) -> None:
@@ -100,7 +106,7 @@ def assemble_evaluator(work: Path, folder: Path) -> None:
         f'tokenizer = open_clip.get_tokenizer("local-dir:assets/{EVALUATOR}")'
     )
     what = "open_clip model of pictures and captions: CLIP score, features for FID, perceptual distance"
-    write_text(folder / "README.md", card(work, EVALUATOR, what, usage, ["evaluator"]))
+    write_text(folder / "README.md", card(work, EVALUATOR, what, usage, stages_of(work, EVALUATOR)))
 
 
 def card(work: Path, name: str, what: str, usage: str, needed: Sequence[str]) -> str:
@@ -156,9 +162,8 @@ def install_all(work: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder, target)
         print(f"installed {target}")
-    RECORDS.mkdir(exist_ok=True)
-    for done in sorted(work.glob("*/done.json")):  # how long each stage took, with what, and its learning curve
-        shutil.copyfile(done, RECORDS / f"{done.parent.name}.json")
-        curve = done.with_name("curve.csv")
-        if curve.exists():
-            shutil.copyfile(curve, RECORDS / f"{done.parent.name}.csv")
+        RECORDS.mkdir(exist_ok=True)
+        for stage in stages_of(work, folder.name):  # how long each took, with what, and its learning curve
+            for source, kept in (("done.json", f"{stage}.json"), ("curve.csv", f"{stage}.csv")):
+                if (work / stage / source).exists():
+                    shutil.copyfile(work / stage / source, RECORDS / kept)

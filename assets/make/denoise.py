@@ -53,6 +53,16 @@ class DenoiserTraining(Training):
         self.tokenizer = models.tokenizer(models.CLIP_LENGTH if kind == "unet" else 512)
         self.modules = {"denoiser": self.denoiser, "encoder": encoder}
 
+    def go_on(self, asset: Path, step: int) -> None:
+        """Begin at ``step``, where a phase begins, with the weights of an assembled pipeline."""
+        part = asset / ("unet" if self.kind == "unet" else "transformer")
+        trained = type(self.denoiser).from_pretrained(part, torch_dtype=torch.float32)
+        self.denoiser.load_state_dict(trained.state_dict())
+        encoder = self.modules["encoder"]
+        words = type(encoder).from_pretrained(asset / "text_encoder", dtype=torch.float32)  # type: ignore[attr-defined]
+        encoder.load_state_dict(words.state_dict())
+        self.begin = step
+
     def phase(self, step: int) -> tuple[int, int]:
         """Number of the phase that ``step`` belongs to, and the step within it."""
         for number, phase in enumerate(self.phases):

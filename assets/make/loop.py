@@ -59,6 +59,7 @@ class Training(ABC):
 
     name: str
     steps: int
+    begin: int = 0  # the step that the initial weights have reached
     seed: int = 0
     rates: Rates
     modules: dict[str, nn.Module]
@@ -113,7 +114,7 @@ class Loop:
     ) -> None:
         self.training, self.folder, self.bfloat16 = training, folder, bfloat16
         self.checkpoint_seconds, self.curve_steps = checkpoint_seconds, curve_steps
-        self.step, self.wall, self.processor = 0, 0.0, 0.0
+        self.step, self.wall, self.processor = training.begin, 0.0, 0.0
         folder.mkdir(parents=True, exist_ok=True)
         rates, modules = training.rates, training.modules
         named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}

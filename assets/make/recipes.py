@@ -66,7 +66,11 @@ FULL = Recipe(
     video_vae=VaePhases(joint=5000, decoder=3000, batch=3, crop=48, frames=9),
     latents={("image", 128): 8000, ("image", 256): 8000, ("video", 48): 8000, ("video", 96): 6000},
     denoisers={
-        "image": (Phase(3000, 128, 32, shift=1.5), Phase(2400, 256, 16, shift=2.5, height=0.7, falls=True)),
+        "image": (
+            Phase(3000, 128, 32, shift=1.5),
+            Phase(2400, 256, 16, shift=2.5, height=0.7, falls=True),
+            Phase(6000, 256, 16, shift=2.5, height=0.5, falls=True),
+        ),
         "video": (Phase(6000, 48, 16, shift=2.0), Phase(2500, 96, 8, shift=4.0, height=0.7, falls=True)),
         "unet": (Phase(2000, 128, 32), Phase(4000, 256, 12, height=0.7, falls=True)),
     },

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 
+from diffaccel.assets.make.assemble import ASSETS, NAMES
 from diffaccel.assets.make.denoise import TRAININGS
 from diffaccel.assets.make.latents import Latents, encode_shards
 from diffaccel.assets.make.loop import Loop, Training, native_bfloat16
 from diffaccel.assets.make.recipes import FULL, SMOKE, Recipe
+from diffaccel.assets.make.restore import installed_steps, restore
 from diffaccel.assets.make.text import TextTraining
 from diffaccel.assets.make.vae import VaeTraining
 
@@ -52,7 +54,11 @@ def stages(work: Path, recipe: Recipe, bfloat16: bool) -> list[Stage]:
         phases = recipe.denoisers[kind]
         source = "video" if kind == "video" else "image"
         sets = [Latents(work / f"latents-{source}-{phase.size}") for phase in phases]
-        return TRAININGS[kind](kind, phases, result(f"text-{kind}"), sets)
+        training = TRAININGS[kind](kind, phases, result(f"text-{kind}"), sets)
+        begin = installed_steps(kind, training)
+        if begin and not (work / training.name / "checkpoint.pt").exists():
+            training.go_on(ASSETS / NAMES[kind], begin)
+        return training
 
     def evaluator() -> Training:
         from diffaccel.assets.make.evaluator import EvaluatorTraining  # open_clip takes seconds to import
@@ -175,10 +181,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; more were not faster on small shapes")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints and results [~/.cache/diffaccel-make]")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything")
+    parser.add_argument(
+        "--from-assets",
+        action="store_true",
+        help="take VAEs and text encoders from assets/ where their stage is not done",
+    )
     parser.add_argument("--install", action="store_true", help="in the end, put what is assembled into assets/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = SMOKE if options.smoke else scaled(FULL, options.scale)
+    if options.from_assets:
+        restore(options.work)
     run_all(options.work, recipe, only=options.stage, minutes=options.minutes)
     if options.install:
         from diffaccel.assets.make.assemble import install_all
