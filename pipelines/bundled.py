@@ -1,7 +1,8 @@
 """The pipelines that ship with diffaccel: tiny, trained on a drawn world of coloured shapes. No torch.
 
-They are interim prototypes: real diffusers pipelines with every part trained (text encoder, denoiser, VAE), good for
-trying things out and for measuring speed against quality without a download, not for pictures of anything else.
+Real diffusers pipelines with every part trained (text encoder, denoiser, VAE), good for trying things out and for
+measuring speed against quality without a download, not for pictures of anything else. The video pipeline is an interim
+prototype of a smaller world.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ class Bundled:
     Args:
         kind: ``image`` or ``video``.
         folder: its folder among the assets.
+        evaluation: name of the prompt set to report on.
+        tuning: name of another one to choose settings on, so that what is reported was not chosen for it.
         example: a prompt it understands.
         call: the arguments its call needs; the user's own go first.
     """
 
     kind: str
     folder: str
+    evaluation: str
+    tuning: str
     example: str
     call: Mapping[str, Any] = field(repr=False)
 
@@ -39,8 +44,12 @@ class Bundled:
         return path(self.folder)
 
     def prompts(self) -> list[str]:
-        """The prompt set: drawn from the training grammar with a seed that training did not use."""
-        return path(f"prompts/{self.kind}.txt").read_text().split("\n")[:-1]
+        """The prompts to report on."""
+        return _lines(self.evaluation)
+
+    def tuning_prompts(self) -> list[str]:
+        """The prompts to choose settings on: none of ``prompts``."""
+        return _lines(self.tuning)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words of ``prompt`` that the tokenizer has never seen; they change nothing but noise."""
@@ -53,6 +62,8 @@ BUNDLED: Mapping[str, Bundled] = MappingProxyType(
         "bundled:image": Bundled(
             "image",
             "shapes-image",
+            "heldout_image",
+            "tuning_image",
             "a large red circle on the left on a gray background",
             MappingProxyType(
                 {
@@ -69,6 +80,8 @@ BUNDLED: Mapping[str, Bundled] = MappingProxyType(
         "bundled:video": Bundled(
             "video",
             "shapes-video",
+            "video",
+            "tuning_video_interim",
             "a small yellow square moving left on a black background",
             MappingProxyType(
                 {
@@ -94,6 +107,10 @@ def bundled(name: str) -> Bundled:
     if name not in BUNDLED:
         raise ModelError(f"no bundled pipeline {name!r}{did_you_mean(name, BUNDLED)}")
     return BUNDLED[name]
+
+
+def _lines(name: str) -> list[str]:
+    return path(f"prompts/{name}.txt").read_text().splitlines()
 
 
 @cache

@@ -120,9 +120,9 @@ def test_wrong_dtype_or_device(argument, value):
 
 def test_bundled_prompts_are_understood():
     for bundled in BUNDLED.values():
-        prompts = bundled.prompts()
-        assert len(prompts) == len(set(prompts)) == 64
-        assert not [w for p in [*prompts, bundled.example] for w in bundled.unknown_words(p)]
+        prompts, tuning = bundled.prompts(), bundled.tuning_prompts()
+        assert len({*prompts, *tuning}) == len(prompts) + len(tuning) and min(len(prompts), len(tuning)) >= 64
+        assert not [w for p in [*prompts, *tuning, bundled.example] for w in bundled.unknown_words(p)]
 
 
 # --- generating ---

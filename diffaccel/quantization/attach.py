@@ -179,7 +179,7 @@ class QuantizedLinears:
             words = choice.shape.split()
             if any(K in words and N in words for K, N in shapes):
                 factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
-                used[" ".join(words[1:])] = f"{choice.name}{factor}"
+                used[" ".join(words[1:4])] = f"{choice.name}{factor}"  # tokens and sizes
         return used
 
 
