@@ -63,15 +63,19 @@ class Recipe:
 FULL = Recipe(
     text_steps=500,
     image_vae=VaePhases(joint=3500, decoder=2000, batch=8, crop=64),
-    video_vae=VaePhases(joint=5000, decoder=3000, batch=3, crop=48, frames=9),
-    latents={("image", 128): 8000, ("image", 256): 8000, ("video", 48): 8000, ("video", 96): 6000},
+    video_vae=VaePhases(joint=4500, decoder=2000, batch=3, crop=48, frames=9),
+    latents={("image", 128): 8000, ("image", 256): 8000, ("video", 48): 6000, ("video", 96): 4000},
     denoisers={
         "image": (
             Phase(3000, 128, 32, shift=1.5),
             Phase(2400, 256, 16, shift=2.5, height=0.7, falls=True),
             Phase(6000, 256, 16, shift=2.5, height=0.5, falls=True),
         ),
-        "video": (Phase(6000, 48, 16, shift=2.0), Phase(2500, 96, 8, shift=4.0, height=0.7, falls=True)),
+        "video": (
+            Phase(4000, 48, 16, shift=2.0),
+            Phase(1200, 96, 8, shift=4.0, height=0.7, falls=True),
+            Phase(2500, 96, 8, shift=4.0, height=0.5, falls=True),
+        ),
         "unet": (Phase(2000, 128, 32), Phase(4000, 256, 12, height=0.7, falls=True)),
     },
     evaluator_steps=1200,
