@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--stage", nargs="*", default=(), help="only stages whose names begin with one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps and samples of the recipe")
+    parser.add_argument("--phases", type=int, help="only so many of each denoiser: the next go on from what is installed")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more were not faster on small shapes")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints and results [~/.cache/diffaccel-make]")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything")
@@ -190,6 +191,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = SMOKE if options.smoke else scaled(FULL, options.scale)
+    if options.phases is not None:
+        recipe = replace(recipe, denoisers={k: v[: options.phases] for k, v in recipe.denoisers.items()})
     if options.from_assets:
         restore(options.work)
     run_all(options.work, recipe, only=options.stage, minutes=options.minutes)
