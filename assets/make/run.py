@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--stage", nargs="*", default=(), help="only stages whose names begin with one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after about so long")
     parser.add_argument("--scale", type=float, default=1.0, help="times the steps and samples of the recipe")
-    parser.add_argument("--phases", type=int, help="only so many of each denoiser: the next go on from what is installed")
+    parser.add_argument("--phases", type=int, help="only the first so many of each denoiser")
     parser.add_argument("--threads", type=int, default=1, help="of torch; more were not faster on small shapes")
     parser.add_argument("--work", type=Path, default=WORK, help="checkpoints and results [~/.cache/diffaccel-make]")
     parser.add_argument("--smoke", action="store_true", help="two steps of everything")
