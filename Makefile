@@ -37,7 +37,7 @@ bench: $(VENV)/.installed-dev
 	for file in bench/*.py; do echo "== $$file"; $(RUN) $$file || exit 1; done
 
 readme: $(VENV)/.installed-dev
-	$(RUN) scripts/readme_table.py --measure
+	$(RUN) scripts/readme_table.py --measure --peers
 
 assets: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) assets/make/run.py --install

@@ -64,6 +64,9 @@ def _applied(peer: Peer, setting: float | None, pipe: Any) -> Iterator[None]:
 def _restored(model: nn.Module) -> Callable[[], None]:
     """What brings the attributes and weights of all modules, and so forwards and hooks, back to what they are now."""
     before = {module: (dict(module.__dict__), dict(module._parameters)) for module in model.modules()}
+    # A pipeline that opens cache contexts leaves registries behind, which hooks are then added to.
+    registries = [m.__dict__["_diffusers_hook"] for m in before if "_diffusers_hook" in m.__dict__]
+    hooks = [(r, dict(r.hooks), list(r._hook_order), list(r._fn_refs)) for r in registries]
 
     def restore() -> None:
         for module, (attributes, parameters) in before.items():
@@ -71,6 +74,9 @@ def _restored(model: nn.Module) -> Callable[[], None]:
             module.__dict__.update(attributes)
             module._parameters.clear()
             module._parameters.update(parameters)
+        for registry, named, order, references in hooks:
+            registry.hooks, registry._hook_order, registry._fn_refs = named, order, references
+            registry.invalidate_child_registries_cache()
 
     return restore
 

@@ -1,7 +1,7 @@
-"""Fills README's table and picture from measurements; ``--measure`` measures first.
+"""Fills README's tables and picture from measurements; ``--measure`` measures first, ``--peers`` those of others too.
 
-The measurements lie in ``assets/readme/{image,video}.json``. The part of README between the two marker comments is
-replaced, and what the first block of Python prints; neither is written by hand.
+The measurements lie in ``assets/readme/{image,video,peers-image,peers-video}.json``. The parts of README between marker
+comments are replaced, and what the first block of Python prints; none of it is written by hand.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import contextlib
 import io
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README, MEASURED = ROOT / "README.md", ROOT / "assets" / "readme"
 BEGIN, END = "<!-- table: scripts/readme_table.py -->", "<!-- end of table -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers: scripts/readme_table.py -->", "<!-- end of peers -->"
+PEER_PROMPTS = 8
 PLANS = ("balanced", "fast")
 SHOWN = 4
 
@@ -25,17 +28,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true", help="measure again (minutes), then fill")
     parser.add_argument("--prompts", type=int, default=16, help="prompts of each pipeline (default: 16)")
+    parser.add_argument("--peers", action="store_true", help="measure other people's accelerations (5 minutes), fill")
     arguments = parser.parse_args()
-    if arguments.measure:
-        for kind in ("image", "video"):
+    for kind in ("image", "video"):
+        if arguments.measure:
             measure(kind, arguments.prompts)
-    readme = filled(README.read_text(), measurements())
+        if arguments.peers:
+            measure_peers(kind)
+    readme = filled(README.read_text(), measurements(), measurements("peers-"))
     README.write_text(with_output(readme) if arguments.measure else readme)
 
 
-def measurements() -> dict[str, dict[str, Any]]:
+def measurements(prefix: str = "") -> dict[str, dict[str, Any]]:
     """The committed results by pipeline; empty where nothing was measured."""
-    files = {kind: MEASURED / f"{kind}.json" for kind in ("image", "video")}
+    files = {kind: MEASURED / f"{prefix}{kind}.json" for kind in ("image", "video")}
     return {kind: json.loads(file.read_text()) for kind, file in files.items() if file.exists()}
 
 
@@ -63,6 +69,29 @@ def measure(kind: str, count: int) -> None:
         _draw_pair(result)
 
 
+def measure_peers(kind: str) -> None:
+    """What ``diffaccel compare -m bundled:KIND --plan balanced --plan fast --peer all -n 8`` measures."""
+    from diffaccel.cli.console import out, quiet_libraries
+
+    quiet_libraries()
+    from diffaccel.eval.compare import compare
+    from diffaccel.pipelines import BUNDLED, load
+
+    name = f"bundled:{kind}"
+    folder = ROOT / "out" / f"peers-{kind}"
+    result = compare(load(name), PLANS, BUNDLED[name].prompts()[:PEER_PROMPTS], peers=("all",), folder=folder)
+    out.print(result)
+    keep_peers(kind, result.to_dict())
+
+
+def keep_peers(kind: str, result: dict[str, Any]) -> None:
+    """Write down the result of `measure_peers`, or of that command."""
+    from diffaccel.cli.machine import describe_machine
+
+    data = {**result, "processor": describe_machine()["processor"]["name"], "date": f"{date.today():%Y-%m-%d}"}
+    (MEASURED / f"peers-{kind}.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
 def _draw_pair(result: Any) -> None:
     """The first prompts: originals above, accelerated with the same seeds below."""
     import numpy as np
@@ -78,12 +107,46 @@ def _draw_pair(result: Any) -> None:
     Image.fromarray((sheet.clip(0, 1) * 255).round().astype(np.uint8)).save(MEASURED / "pair.png", optimize=True)
 
 
-def filled(readme: str, results: dict[str, dict[str, Any]]) -> str:
-    """``readme`` with the part between the markers made from ``results``."""
+def filled(readme: str, results: dict[str, dict[str, Any]], peers: dict[str, dict[str, Any]]) -> str:
+    """``readme`` with the parts between the markers made from ``results`` and ``peers``."""
     body = _table(results) if results else "*Not measured yet: `make readme` fills this table.*"
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+    readme = _between(readme, BEGIN, body, END)
+    return _between(readme, PEERS_BEGIN, _peers_table(peers), PEERS_END)
+
+
+def _between(readme: str, begin: str, body: str, end: str) -> str:
+    before, rest = readme.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{body}\n{end}{after}"
+
+
+def _peers_table(results: dict[str, dict[str, Any]]) -> str:
+    """All rows from slow to fast, with what could not run; a control stands where its speed puts it."""
+    lines: list[str] = []
+    for kind, result in results.items():
+        lines += [f"| bundled:{kind} | speed-up [95 %] | PSNR, mean | worst decile |", "|---|--:|--:|--:|"]
+        for row in sorted(result["rows"][1:], key=lambda r: r["speedup"]["value"]):
+            name, _, _, *cells = _cells(row)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        cannot = [note for note in result["notes"] if "cannot run here" in note]
+        lines += ["", *[f"Could not run: {'; '.join(_first_sentences(cannot))}." for _ in cannot[:1]], ""]
+    first = next(iter(results.values()), None)
+    if first is not None:
+        c = first["conditions"]
+        lines.append(
+            f"`diffaccel compare -m bundled:... --plan balanced --plan fast --peer all -n {len(first['prompts'])}`, "
+            f"{first['date']}, {first['processor']}, {c['threads']} threads. The number behind a name is its setting."
+        )
+    return "\n".join(lines)
+
+
+def _first_sentences(notes: list[str]) -> list[str]:
+    """One short reason for each peer, whatever its settings."""
+    reasons: dict[str, str] = {}
+    for note in notes:
+        name, _, why = note.partition(" cannot run here: ")
+        reasons.setdefault(name.split(" ")[0], why.partition(": ")[2].partition(":")[0].strip())
+    return [f"{name} ({why})" for name, why in reasons.items()]
 
 
 def with_output(readme: str) -> str:
@@ -117,7 +180,7 @@ def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     s, psnr = row["speedup"], row["scores"].get("psnr")
-    names = {"reference": "original", "control": f"*control: {row['name']}*"}
+    names = {"reference": "original", "control": f"*control: {row['name']}*", "peer": row["name"]}
     name = names.get(row["kind"], f"**{row['name']}**")
     if psnr is None:
         return (name, str(row["steps"]), f"{row['loop_seconds']:.2f} s", "1", "", "")

@@ -108,6 +108,14 @@ def test_peers_run_beside_and_what_cannot_run_says_why(pixart, monkeypatch):
     assert result.restored and before == {name: sorted(m.__dict__) for name, m in pixart.transformer.named_modules()}
 
 
+def test_a_peer_comes_off_a_pipeline_that_opens_cache_contexts():
+    """Its registries are there before, and must not keep the hooks: the second turn would find them."""
+    pipe = PIPELINES["wan"].build()
+    calls = {**_request("wan"), "num_inference_steps": 3}
+    result = compare(pipe, {}, ["a", "b"], (0,), calls, (), peers=("sea-cache", "first-block-cache=0.3"), turn=1)
+    assert [row.kind for row in result.rows] == ["reference", "peer", "peer", "peer"] and result.restored
+
+
 @pytest.mark.parametrize(
     ("peer", "message"), [("cache-dti", "did you mean 'cache-dit'"), ("taylorseer=x", "must be a number, got 'x'")]
 )

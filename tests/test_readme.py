@@ -61,7 +61,9 @@ def test_table_is_made_from_the_committed_measurements():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     results = script.measurements()
-    assert script.filled(README, results) == README
+    peers = script.measurements("peers-")
+    assert script.filled(README, results, peers) == README
+    assert all(result["restored"] for result in peers.values())
     assert all(result["restored"] for result in results.values())
     for kind, result in results.items():
         plans = [row["name"] for row in result["rows"] if row["kind"] == "plan"]
