@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels import _store
-from diffaccel.kernels._disabled import disabled
+from diffaccel.kernels._disabled import disabled, failure
 
 BASELINE = "baseline"
 # A candidate earlier in the list wins over one that is faster by less than this.
@@ -89,7 +89,7 @@ def choose(
     """Name of the candidate to run for ``operator`` at ``shape`` on ``device``.
 
     Args:
-        shape: The shape class: sizes (tokens as `token_bucket`), dtype, whatever else changes the answer.
+        shape: The shape class: sizes (tokens as `token_bucket`), the activations' dtype, what else changes the answer.
         names: The candidates that exist here, preferred first among equals.
         trial: Builds the data and callables; called only if nothing is known about this shape.
         default: Taken, and not remembered, where timing is not allowed (see `may_measure`) and nothing is known.
@@ -211,7 +211,7 @@ def _decide(
             f"DIFFACCEL_KERNELS asks for {operator}={asked}, which does not exist here ({', '.join(names)} do);",
             "the fastest of those is used.",
         )
-    names = _allowed(operator, names, default, device)
+    names = _allowed(operator, shape, names, default, device)
     if not may_measure(device):
         return Choice(*where, default if default in names else names[0], source="default")
     cache_key = "|".join([*where, ",".join(names), _store.versions(device.type == "cuda")])
@@ -229,16 +229,20 @@ def _decide(
     return choice
 
 
-def _allowed(operator: str, names: Sequence[str], default: str, device: torch.device) -> list[str]:
-    """``names`` without those that failed the self-test on ``device``, of which there is one warning."""
+def _allowed(
+    operator: str, shape: Sequence[object], names: Sequence[str], default: str, device: torch.device
+) -> list[str]:
+    """``names`` without those that failed the self-test on ``device`` with this dtype; one warning for each."""
     failed = disabled(device_name(device), device.type == "cuda").get(operator, {})
-    for name in (name for name in names if name in failed):
+    dtype = next((part for part in shape if isinstance(part, torch.dtype)), None)
+    reasons = {name: reason for name in names if (reason := failure(failed, name, dtype)) is not None}
+    for name, reason in reasons.items():
         warn_once(
             f"{operator}: candidate {name} failed `diffaccel selftest` on {device_name(device)} and is not used",
-            f"({failed[name]}). After an update of the driver, torch, triton or diffaccel it is tried again; run "
+            f"({reason}). After an update of the driver, torch, triton or diffaccel it is tried again; run "
             "`diffaccel selftest` then.",
         )
-    return [name for name in names if name not in failed] or [default]
+    return [name for name in names if name not in reasons] or [default]
 
 
 def _measure(

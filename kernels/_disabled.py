@@ -1,17 +1,21 @@
 """Candidates that failed ``diffaccel selftest`` on this machine; `_candidates.choose` leaves them out.
 
-Kept in ``disabled.json`` of the cache folder by device and versions: after an update they get another chance.
+Kept in ``disabled.json`` of the cache folder by device and versions: after an update they get another chance. One that
+fails with a dtype is left out with that dtype only.
 """
 
 import json
 import warnings
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from diffaccel.kernels import _store
 
-_FORMAT = 1
-# Which candidates failed: operator -> candidate -> reason.
+_FORMAT = 2
+# Which candidates failed: operator -> "candidate dtype", such as "triton float16" -> reason.
 Disabled = dict[str, dict[str, str]]
 
 
@@ -37,18 +41,29 @@ def every_machine() -> dict[str, Disabled]:
     return (_read(path, path.stat().st_mtime_ns) or {}) if path.exists() else {}
 
 
-def disable(device_name: str, cuda: bool, operator: str, candidate: str, reason: str) -> None:
+def failure(failed: Mapping[str, str], candidate: str, dtype: torch.dtype | str | None) -> str | None:
+    """Why ``candidate`` failed with ``dtype`` (None: with any), by one operator's failures; None if it did not."""
+    if dtype is not None:
+        return failed.get(_with(candidate, dtype))
+    return next((reason for name, reason in failed.items() if name.split()[0] == candidate), None)
+
+
+def disable(device_name: str, cuda: bool, operator: str, candidate: str, dtype: torch.dtype | str, reason: str) -> None:
     """Remember a failure. Raises ``OSError`` where the cache folder is not writable."""
     here = disabled(device_name, cuda)
-    _write(device_name, cuda, {**here, operator: {**here.get(operator, {}), candidate: reason}})
+    _write(device_name, cuda, {**here, operator: {**here.get(operator, {}), _with(candidate, dtype): reason}})
 
 
-def enable(device_name: str, cuda: bool, operator: str, candidate: str) -> None:
+def enable(device_name: str, cuda: bool, operator: str, candidate: str, dtype: torch.dtype | str) -> None:
     """Forget a failure, after the candidate has passed. Raises ``OSError``."""
-    here = disabled(device_name, cuda)
-    if candidate in here.get(operator, {}):
-        rest = {name: reason for name, reason in here[operator].items() if name != candidate}
+    here, passed = disabled(device_name, cuda), _with(candidate, dtype)
+    if passed in here.get(operator, {}):
+        rest = {name: reason for name, reason in here[operator].items() if name != passed}
         _write(device_name, cuda, {**here, operator: rest})
+
+
+def _with(candidate: str, dtype: torch.dtype | str) -> str:
+    return f"{candidate} {str(dtype).removeprefix('torch.')}"
 
 
 def _machine(device_name: str, cuda: bool) -> str:

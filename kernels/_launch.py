@@ -64,6 +64,7 @@ class Specimen:
         aligned: integer arguments that are multiples of 16 at the sizes this is meant for; pointers always are.
         tensor_cores: which multiply instructions it should use: ``"int8"``, ``"fp8"``, ``"16-bit"`` or None.
         targets: compute capabilities it is meant for (fp8 needs 89 and later).
+        fp_fusion: False where the launch forbids to round a product and a sum only once.
     """
 
     name: str
@@ -74,3 +75,4 @@ class Specimen:
     aligned: tuple[str, ...] = ()
     tensor_cores: str | None = None
     targets: tuple[int, ...] = field(default=(80, 89, 90, 100, 120))
+    fp_fusion: bool = True

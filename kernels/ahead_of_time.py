@@ -166,8 +166,9 @@ def _source(specimen: Specimen, target: int) -> tuple[Any, Any]:
     return source, GPUTarget("cuda", target, 32)
 
 
-def _options(specimen: Specimen) -> dict[str, int]:
-    return {"num_warps": specimen.config.warps, "num_stages": specimen.config.stages}
+def _options(specimen: Specimen) -> dict[str, int | bool]:
+    config = specimen.config
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": specimen.fp_fusion}
 
 
 def _read_binary(cubin: bytes, disassemble: bool) -> tuple[int, int, set[str]]:

@@ -5,8 +5,9 @@
 - ``blocks``, ``dense``: plain PyTorch (`block_dense`), any device.
 
 On CUDA the first use at a shape class checks and times triton, flex and dense, and the fastest correct one is used from
-then on. On CPU that is done with blocks and dense up to 4096 tokens; beyond, blocks runs. There (AVX-512, 2 threads,
-float32, 4096 tokens, density 1/4, bench/attention.py) flex takes 1.7 to 2.6 times as long as blocks.
+then on. On CPU that is done with blocks, dense and, where it has been compiled for these arguments, flex, up to 4096
+tokens; beyond, blocks runs. flex is not compiled there only to be timed: that takes 20 s, and at its best (AVX-512, 2
+threads, float32, 4096 tokens, density 1/4, bench/attention.py) it takes 1.7 to 2.6 times as long as blocks.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def choose_path(
     elif N * M > 4096**2 or pattern.block_size > N:
         return Path("blocks", "the choice on CPU" if pattern.block_size <= N else "a single row of blocks")
     else:
-        names = ("blocks", "dense")
+        compiled = key_of(q, k, v, pattern, attn_mask) in COMPILED and refused(q, k, v, pattern, attn_mask) is None
+        names = ("blocks", *(["flex"] if compiled else []), "dense")
     return fastest(names, q, k, v, pattern, attn_mask, scale)
 
 

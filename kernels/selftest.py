@@ -73,8 +73,8 @@ class Result:
 class Case:
     """One candidate at one shape.
 
-    disables: (operator, candidate) pairs that a failure takes out of the choice. timed: False where it is interpreted.
-    compiles, captures: whether it is also run under torch.compile and, on CUDA, in a CUDA graph.
+    disables: (operator, candidate) pairs that a failure takes out of the choice for this dtype. timed: False where it
+    is interpreted. compiles, captures: whether it is also run under torch.compile and, on CUDA, in a CUDA graph.
     """
 
     operator: str

@@ -6,6 +6,7 @@ ones, no multiples of the tile sizes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from diffaccel.kernels.selftest import Case, NotHere, Subject, Surroundings
 
 # Rows whose result is compared: float64 over all of them would take longer than everything else, and not fit the card.
 _SAMPLES = 64
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 128
 _QUANTIZED = {"int8_linear": torch.int8, "fp8_linear": fp8_linear.FP8}
 
@@ -47,11 +49,6 @@ def _attentions(device: torch.device) -> list[Attention]:
     if device.type == "cuda":
         return list(ATTENTIONS)
     return [replace(s, heads=2, tokens=min(s.tokens // 8, 400) + 5) for s in ATTENTIONS]
-
-
-def _dtypes(index: int) -> tuple[torch.dtype, ...]:
-    """bfloat16, what users run, at every shape; the others at the first shape of a list."""
-    return (torch.bfloat16, torch.float16, torch.float32) if index == 0 else (torch.bfloat16,)
 
 
 def _has_triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
@@ -87,8 +84,8 @@ def _quantize_cases(device: torch.device) -> Iterator[Case]:
     for operator, to in _QUANTIZED.items():
         if not _has_triton(device, to):
             continue
-        for index, shape in enumerate(_linears(device)):
-            for dtype in _dtypes(index):
+        for shape in _linears(device):
+            for dtype in _DTYPES:
                 make = partial(_quantize, shape=shape, dtype=dtype, to=to)
                 name = f"to {str(to).removeprefix('torch.')}, {_name(shape)}"
                 yield Case("token_quantize", "triton", dtype, name, make, ((operator, "triton"),))
@@ -116,8 +113,8 @@ def _linear_cases(device: torch.device) -> Iterator[Case]:
         # On the CPU our kernel is no candidate, but can be interpreted.
         interpreted = device.type == "cpu" and _has_triton(device)
         for path in (*paths(device), *(["triton"] if interpreted else [])):
-            for index, shape in enumerate(_linears(device)):
-                for dtype in _dtypes(index):
+            for shape in _linears(device):
+                for dtype in _DTYPES:
                     make = partial(_linear, shape=shape, dtype=dtype, operator=operator, path=path)
                     # Dense stands in for the others: a failure is reported and disables nothing.
                     disables = () if path == "dense" else ((operator, path),)
@@ -190,7 +187,7 @@ def _attention_cases(device: torch.device) -> Iterator[Case]:
         if path == "triton" and not _has_triton(device):
             continue
         for index, shape in enumerate(_attentions(device)):
-            for dtype, density in ((t, d) for t in _dtypes(index) for d in DENSITIES[: 1 if index else None]):
+            for dtype, density in itertools.product(_DTYPES, DENSITIES[: 1 if index else None]):
                 if path == "flex" and device.type == "cpu" and dtype != torch.float32:
                     continue  # each dtype takes many seconds to compile, and on the CPU no other is fast
                 name = f"{shape.model.split()[0]} {shape.where}: H {shape.heads}, N {shape.tokens}, D {shape.size}"
@@ -239,8 +236,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, rows: Tensor) -> Tens
 def _permute_cases(device: torch.device) -> Iterator[Case]:
     if not _has_triton(device):
         return
-    for index, shape in enumerate(_attentions(device)):
-        for dtype in _dtypes(index):
+    for shape in _attentions(device):
+        for dtype in _DTYPES:
             name = f"{shape.model.split()[0]} {shape.where}: H {shape.heads}, N {shape.tokens}, D {shape.size}"
             make = partial(_permute, shape=shape, dtype=dtype)
             yield Case("permute_tokens", "triton", dtype, name, make, (("permute_tokens", "triton"),))

@@ -74,8 +74,8 @@ def run(device: str, pattern: str = "*", begin: Callable[[Plan], None] = lambda 
             results.append(replace(plan.cases[len(results)], checks={"runs": f"{fate}: {worker.last_words()}"}))
             yield _remember(results[-1], plan)
     if pattern == "*":
-        for operator, candidate in _pairs(results, failed=False) - _pairs(results, failed=True):
-            _write(enable, plan, operator, candidate)
+        for what in _outcomes(results, failed=False) - _outcomes(results, failed=True):
+            _write(enable, plan, *what)
 
 
 def _remember(result: Result, plan: Plan | None) -> Result:
@@ -83,7 +83,7 @@ def _remember(result: Result, plan: Plan | None) -> Result:
     assert plan is not None, "a result came before the list of cases"
     for operator, candidate in result.disables if result.failures else ():
         check, reason = next(iter(result.failures.items()))
-        _write(disable, plan, operator, candidate, f"{check}: {reason}; {result.dtype}, {result.shape}")
+        _write(disable, plan, operator, candidate, result.dtype, f"{check}: {reason}; {result.shape}")
     return result
 
 
@@ -94,8 +94,9 @@ def _write(change: Callable[..., None], plan: Plan, *what: str) -> None:
         warnings.warn(f"which kernels failed here cannot be remembered: {error}", RuntimeWarning, stacklevel=2)
 
 
-def _pairs(results: list[Result], failed: bool) -> set[tuple[str, str]]:
-    return {pair for r in results if bool(r.failures) == failed and not r.skipped for pair in r.disables}
+def _outcomes(results: list[Result], failed: bool) -> set[tuple[str, str, str]]:
+    """(operator, candidate, dtype) of what failed, or of what passed."""
+    return {(*pair, r.dtype) for r in results if bool(r.failures) == failed and not r.skipped for pair in r.disables}
 
 
 def _result(fields: dict[str, Any]) -> Result:

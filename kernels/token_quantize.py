@@ -323,6 +323,7 @@ def _specimens() -> Iterator[Specimen]:
             config=config,
             aligned=("K", "scale_stride", "shift_stride"),
             targets=targets,
+            fp_fusion=False,
         )
 
 

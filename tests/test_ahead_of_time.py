@@ -123,9 +123,9 @@ def test_doctor_shows_kernels_choices_and_failures(doctor, tmp_path, monkeypatch
     trial = Trial({"quick": lambda: torch.ones(1)}, lambda y: 0.0, {"quick": 0.0})
     monkeypatch.setattr(_candidates, "seconds_of", lambda run, device: 1.0)
     _candidates.choose("double", (6, 40), torch.device("cpu"), ("quick",), lambda: trial, "quick")
-    _disabled.disable("a GPU", True, "double", "fancy", "wrong")
+    _disabled.disable("a GPU", True, "double", "fancy", "bfloat16", "wrong")
     text = doctor()
-    assert "double 6 40 on" in text and ": quick" in text and "double fancy, wrong" in text
+    assert "double 6 40 on" in text and ": quick" in text and "double fancy bfloat16, wrong" in text
     data = json.loads(doctor("--json"))
     assert [row["specimen"] for row in data["compiled"]] == ["gemm", "any"] and data["chosen"][0]["name"] == "quick"
-    assert list(data["failed"].values()) == [{"double": {"fancy": "wrong"}}]
+    assert list(data["failed"].values()) == [{"double": {"fancy bfloat16": "wrong"}}]

@@ -1,5 +1,7 @@
 """Block-sparse attention against float64, on every path."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -237,6 +239,12 @@ def test_flex_one_compile_for_lengths_densities_and_an_outer_graph():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
     with torch.compiler.set_stance("fail_on_recompile"):
         check(block_sparse_attention(q, k, v, pattern, path="flex"), reference, q.dtype)
+    _candidates.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path_for(q, k, v, pattern)
+    (choice,) = _candidates.choices("block_sparse_attention")
+    assert set(choice.seconds) == {"blocks", "flex", "dense", "baseline"}, "what is compiled already takes part"
     torch.library.opcheck(
         torch.ops.diffaccel.block_sparse_attention.default,
         op_arguments(*inputs(2, 2, 2, 90, 90), pattern, None, "flex"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffaccel.cli import main
-from diffaccel.kernels import _disabled, selftest_run
+from diffaccel.kernels import _candidates, _disabled, selftest_run
 from diffaccel.kernels._candidates import Trial, choose, device_name, forget
 from diffaccel.kernels.selftest import Case, Result, Subject, examine
 from diffaccel.kernels.selftest_cases import cases
@@ -111,11 +111,14 @@ def test_failures_and_crashes_are_remembered_until_they_pass(tmp_path, monkeypat
     assert [sorted(result.failures) for result in results] == [[], ["accurate"], ["runs"], []]
     assert "crashed" in results[2].failures["runs"]
     failed = _disabled.disabled(device_name(CPU), False)["double"]
-    assert set(failed) == {"c1", "c2"} and "relative error 0.5" in failed["c1"] and "crashed" in failed["c2"]
+    assert set(failed) == {"c1 float32", "c2 float32"}
+    assert "relative error 0.5" in failed["c1 float32"] and "crashed" in failed["c2 float32"]
 
     worker(tmp_path, monkeypatch, "2 * x", "x + x", "x + x", "2 * x")
     assert len(list(selftest_run.run("cpu", "double c1*"))) == 4  # this worker knows no patterns
-    assert set(_disabled.disabled(device_name(CPU), False)["double"]) == {"c1", "c2"}, "some of the cases say nothing"
+    assert set(_disabled.disabled(device_name(CPU), False)["double"]) == {"c1 float32", "c2 float32"}, (
+        "some of the cases say nothing"
+    )
     list(selftest_run.run("cpu"))
     assert _disabled.disabled(device_name(CPU), False) == {}
 
@@ -143,7 +146,7 @@ def chosen(shape=1):
 
 
 def test_a_disabled_candidate_is_avoided_with_one_warning():
-    _disabled.disable(device_name(CPU), False, "double", "quick", "accurate: relative error 0.5")
+    _disabled.disable(device_name(CPU), False, "double", "quick", torch.float32, "accurate: relative error 0.5")
     with pytest.warns(
         RuntimeWarning, match=r"quick failed `diffaccel selftest` .*relative error 0\.5.* run `diffaccel"
     ):
@@ -153,27 +156,35 @@ def test_a_disabled_candidate_is_avoided_with_one_warning():
         assert chosen(2) == "dense"
 
 
+def test_a_failure_concerns_its_dtype_only(monkeypatch):
+    monkeypatch.setattr(_candidates, "seconds_of", lambda run, device: 1.0)  # of equally fast ones the first is taken
+    _disabled.disable(device_name(CPU), False, "double", "quick", torch.float16, "accurate: relative error 0.5")
+    assert chosen(torch.float32) == "quick"
+    with pytest.warns(RuntimeWarning, match="quick failed"):
+        assert chosen(torch.float16) == "dense"
+
+
 def test_a_candidate_by_hand_is_used_all_the_same(monkeypatch):
-    _disabled.disable(device_name(CPU), False, "double", "quick", "slow")
+    _disabled.disable(device_name(CPU), False, "double", "quick", torch.float32, "slow")
     monkeypatch.setenv("DIFFACCEL_KERNELS", "double=quick")
     assert chosen() == "quick"
 
 
 def test_an_update_gives_another_chance(monkeypatch):
-    _disabled.disable(device_name(CPU), False, "double", "quick", "wrong")
+    _disabled.disable(device_name(CPU), False, "double", "quick", torch.float32, "wrong")
     monkeypatch.setattr("diffaccel.kernels._store.versions", lambda cuda: "torch 99")
     assert _disabled.disabled(device_name(CPU), False) == {}
 
 
 def test_where_everything_failed_the_default_runs():
     for name in ("quick", "dense"):
-        _disabled.disable(device_name(CPU), False, "double", name, "wrong")
+        _disabled.disable(device_name(CPU), False, "double", name, torch.float32, "wrong")
     with pytest.warns(RuntimeWarning, match="is not used"):
         assert chosen() == "dense"
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": 7, "machines": {}}', '{"format": 1, "machines": {"a": 1}}']
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 7, "machines": {}}', '{"format": 2, "machines": {"a": 1}}']
 )
 def test_a_damaged_file_is_ignored_with_a_clear_message(text):
     file = _disabled.disabled_file()
@@ -183,8 +194,8 @@ def test_a_damaged_file_is_ignored_with_a_clear_message(text):
         RuntimeWarning, match=r"disabled\.json cannot be read .* is ignored: .* Run `diffaccel selftest`"
     ):
         chosen()
-    _disabled.disable(device_name(CPU), False, "double", "quick", "wrong")
-    assert _disabled.disabled(device_name(CPU), False) == {"double": {"quick": "wrong"}}
+    _disabled.disable(device_name(CPU), False, "double", "quick", torch.float32, "wrong")
+    assert _disabled.disabled(device_name(CPU), False) == {"double": {"quick float32": "wrong"}}
 
 
 def test_cases_cover_every_kernel():
@@ -245,7 +256,7 @@ def test_report_of_a_failure(cli):
     code, out, _ = cli([GOOD, BAD], "--device", "cpu")
     assert code == 1 and "2 cases, 1 failed" in out
     assert "failed: int8_linear triton float16 M 1, N 2, K 3: accurate: relative error 0.5, allowed 0.001" in out
-    assert "not used here until `diffaccel selftest` passes: int8_linear triton" in out
+    assert "not used here until `diffaccel selftest` passes: int8_linear triton float16" in out
 
 
 def test_mistakes_are_named(cli):

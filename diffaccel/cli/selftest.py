@@ -100,7 +100,7 @@ def _block(device: str, results: list[Result], failed: list[Result]) -> str:
     ]
     for r in failed:
         lines.append(f"failed: {r.operator} {r.candidate} {r.dtype} {r.shape}: {_reasons(r)}")
-    disabled = sorted({f"{operator} {candidate}" for r in failed for operator, candidate in r.disables})
+    disabled = sorted({f"{operator} {candidate} {r.dtype}" for r in failed for operator, candidate in r.disables})
     if disabled:
         lines.append(f"not used here until `diffaccel selftest` passes: {', '.join(disabled)}")
     return "\n".join(lines)
