@@ -73,7 +73,7 @@ FULL = Recipe(
         ),
         "video": (
             Phase(4000, 48, 16, shift=2.0),
-            Phase(1200, 96, 8, shift=4.0, height=0.7, falls=True),
+            Phase(800, 96, 8, shift=4.0, height=0.7, falls=True),
             Phase(2500, 96, 8, shift=4.0, height=0.5, falls=True),
         ),
         "unet": (Phase(2000, 128, 32), Phase(4000, 256, 12, height=0.7, falls=True)),
