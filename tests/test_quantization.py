@@ -275,10 +275,11 @@ def test_bake_save_and_load(tmp_path):
     assert sum(t.nbytes for t in (*model.parameters(), *model.buffers())) < 0.6 * full
     model.save_pretrained(tmp_path / "int8", max_shard_size="100KB")
     loaded = PixArtTransformer2DModel.from_pretrained(tmp_path / "int8")
-    names = " ".join(
-        f"*.transformer_blocks.{i}.attn2.to_{x}" for i in range(len(model.transformer_blocks)) for x in "kv"
-    )
-    assert loaded.config.quantization_config == DiffAccelConfig(dtype="float32", float_activations=names)
+    names = {f"transformer_blocks.{i}.attn2.to_{x}" for i in range(len(model.transformer_blocks)) for x in "kv"}
+    config = loaded.config.quantization_config
+    saved = {entry["activations"]: set(entry["layers"]) for entry in config.saved}
+    assert saved["float"] == names and len(saved["int8"]) == len(quantized(model)) - len(names)
+    assert config.dtype == "float32"
     assert alike(out(specimen, loaded), expected) and len(quantized(loaded)) == len(quantized(model))
     at_load = PixArtTransformer2DModel.from_pretrained(tmp_path / "float", quantization_config=DiffAccelConfig())
     assert alike(out(specimen, at_load), expected)

@@ -1,4 +1,4 @@
-"""Puts int8 linears in place of a denoiser's linears, and the originals back."""
+"""Puts quantized linears in place of a denoiser's linears, and the originals back."""
 
 from __future__ import annotations
 
@@ -9,46 +9,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffaccel.clock import Call
 from diffaccel.denoiser import Site, select
 from diffaccel.errors import PlanError
 from diffaccel.kernels._candidates import choices
-from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.originals import Originals, Parked
-from diffaccel.plan import in_steps
+from diffaccel.quantization.channels import channels_of
 from diffaccel.quantization.eligible import keeps_activations, parameter_users, refuse_group_offload, why_not
-from diffaccel.quantization.linear import (
-    Phase,
-    QuantizedLinear,
-    become_linear,
-    become_quantized,
-    refuse_loading,
-)
+from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized, refuse_loading
+from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
+from diffaccel.quantization.rotation import block_size
+from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
+from diffaccel.quantization.scheme import Form, Scheme
 from diffaccel.quantization.section import Quantize
 from diffaccel.quantization.worth import speedup, typical_tokens
 from diffaccel.report import TechniqueReport
 from diffaccel.root import Compute
 from diffaccel.technique import Context
 
-Ranges = tuple[tuple[float, float], ...]
-
-_ALWAYS: Ranges = ((0.0, 1.0),)
+_ALWAYS: Steps = (0.0, 1.0)
 
 
 @dataclass
 class Resolved:
-    """Which linears become int8, with the step ranges of each, and what is left alone: reason -> full names.
-
-    Args:
-        weight_only: those of ``sites`` whose activations stay as they are; a later section decides over an earlier one.
-    """
+    """Which linears are quantized, in which form at which steps, and what is left alone: reason -> full names."""
 
     sections: Sequence[Quantize]
-    sites: dict[Site, Ranges]
-    weight_only: set[Site]
+    sites: dict[Site, Schedule]
     skipped: dict[str, list[str]]
 
 
@@ -56,70 +46,72 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
     """Find the plain linears that the sections mean; where several match a site, the last one wins at its steps.
 
     Raises:
-        PlanError: a pattern matches no layer, or none that can be quantized, or group offloading is on.
+        PlanError: a pattern matches no layer, or none that can be quantized, or group offloading is on, or what
+            calibration measures is missing.
     """
     for denoiser in context.denoisers:
         refuse_group_offload(denoiser)
     users = parameter_users(context.denoisers)
-    sites: dict[Site, Ranges] = {}
-    weight_only: set[Site] = set()
+    matches: defaultdict[Site, list[tuple[Steps, Form]]] = defaultdict(list)
     skipped: defaultdict[str, list[str]] = defaultdict(list)
     for section in sections:
         usable = False
         for site in select(context.denoisers, section.sites, "layers"):
             reason = why_not(site.module, users)
             if reason is None:
-                sites[site] = (*sites.get(site, ()), section.steps)
-                (weight_only.add if keeps_activations(section, site) else weight_only.discard)(site)
+                _check_calibrated(section, site, context)
+                form = section.form(float_activations=keeps_activations(section, site))
+                matches[site].append((section.steps, form))
                 usable = True
             elif site.full_name not in skipped[reason]:
                 skipped[reason].append(site.full_name)
         if not usable:
             reasons = "; ".join(f"{reason} ({len(names)})" for reason, names in skipped.items())
             raise PlanError(f"Quantize(sites={section.sites!r}) matches no linear that can be quantized: {reasons}")
-    for site, ranges in sites.items():
-        sites[site] = _ALWAYS if _ALWAYS[0] in ranges else tuple(dict.fromkeys(ranges))
-    return Resolved(sections, sites, weight_only, dict(skipped))
+    return Resolved(sections, {site: schedule_of(found) for site, found in matches.items()}, dict(skipped))
+
+
+def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
+    if not section.needs_calibration:
+        return
+    channels = channels_of(context.artefacts, site)
+    turned = section.balance is not None and section.rotate and section.first == "rotate"
+    if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
+        raise PlanError(
+            f"Quantize(balance=..., protect=...) needs what calibration measures, which this plan has none of for "
+            f"{site.full_name}; get it by plan = diffaccel.calibrate(pipe, plan, prompts=[...])"
+        )
 
 
 def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
     """Convert one layer at a time."""
     originals = Originals(context.originals, context.undo)
-    phases = {
-        (d.component, ranges): Phase(ranges)
-        for d in context.denoisers
-        for ranges in set(resolved.sites.values()) - {_ALWAYS}
-        if any(s.component == d.component and r == ranges for s, r in resolved.sites.items())
-    }
-    for denoiser in context.denoisers:
-        for (component, _), followed in phases.items():
-            if component == denoiser.component:
-                context.root(denoiser).listeners.append(_follow(followed))
+    phases = _follow_phases(resolved, context)
     notes = _slower(resolved, context)
     layers: dict[Site, QuantizedLinear] = {}
     facts: Counter[str] = Counter()
-    for site, ranges in resolved.sites.items():
+    for site, schedule in resolved.sites.items():
         layer = site.module
         assert isinstance(layer, nn.Linear)
-        phase = phases.get((site.component, ranges))
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         facts["bytes_before"] += weight.nbytes
-        parked = originals.claim(weight, stay=phase is not None)
+        keep = any(form is None for _, form in schedule)
+        parked = originals.claim(weight, stay=keep)
         with torch.no_grad():
-            qweight, scale = quantize_per_channel(weight)
-            if not _is_finite(scale):
+            tensors = prepare(weight, layer.bias, schedule, channels_of(context.artefacts, site))
+            if not _is_finite(tensors):
                 raise PlanError(
                     f"{site.full_name} holds weights that are not finite; exclude it by sites='... !{site.full_name}'"
                 )
             context.undo.callback(_restore, layer, parked, layer.__dict__.get("forward"))
-            become_quantized(
-                layer, qweight, scale, weight.dtype, parked, phase, weight_only=site in resolved.weight_only
-            )
+            phase = phases.get((site.component, schedule))
+            runs, _ = runs_of(schedule, layer.in_features)
+            become_quantized(layer, runs, tensors, weight.dtype, parked, phase, keep_original=keep)
             parked.store()
         assert isinstance(layer, QuantizedLinear)
         layers[site] = layer
-        facts["bytes_after"] += layer.qweight.nbytes + layer.scale.nbytes
+        facts["bytes_after"] += layer.stored_bytes
     for denoiser in context.denoisers:
         own = {s.name: layer for s, layer in layers.items() if s.component == denoiser.component}
         handle = denoiser.module.register_load_state_dict_pre_hook(_LoadGuard(own))
@@ -127,8 +119,19 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
     return QuantizedLinears(resolved, context, originals, layers, dict(facts), notes)
 
 
+def _follow_phases(resolved: Resolved, context: Context) -> dict[tuple[str, Schedule], Phase]:
+    """By component and schedule; each follows its denoiser's calls from now on."""
+    phases: dict[tuple[str, Schedule], Phase] = {}
+    for denoiser in context.denoisers:
+        for schedule in {r for s, r in resolved.sites.items() if s.component == denoiser.component and len(r) > 1}:
+            phase = Phase(runs_of(schedule, 0)[1])  # which run is which does not depend on the width
+            phases[denoiser.component, schedule] = phase
+            context.root(denoiser).listeners.append(_follow(phase))
+    return phases
+
+
 class QuantizedLinears:
-    """W8A8 at work; see `diffaccel.technique.Attached`."""
+    """Quantized linears at work; see `diffaccel.technique.Attached`."""
 
     def __init__(
         self,
@@ -148,15 +151,17 @@ class QuantizedLinears:
         for reason, names in self._resolved.skipped.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             notes.append(f"left alone: {', '.join(names[:3])}{more}: {reason}")
-        ranged = sum(1 for layer in self._layers.values() if layer.phase is not None)
+        ranged = sum(1 for layer in self._layers.values() if "original" in layer._buffers)
         if ranged:
             notes.append(f"{ranged} sites have a step range and keep their originals on the device, also after bake()")
-        bits = sorted({layer.bits for layer in self._layers.values() if not layer.weight_only})
+        bits = sorted({layer.bits for layer in self._layers.values() if layer.integer_activations})
         if 7 in bits:
             notes.append("activations have 7 bits: without VNNI this CPU's int8 kernels saturate at 8")
-        facts: dict[str, Any] = {**self._bytes, "activation_bits": bits[0] if len(bits) == 1 else bits}
-        if self._resolved.weight_only:
-            facts["weight_only"] = len(self._resolved.weight_only)
+        facts: dict[str, Any] = {**self._bytes, "schemes": self._schemes()}
+        if bits:
+            facts["activation_bits"] = bits[0] if len(bits) == 1 else bits
+        if weight_only := sum(layer.weight_only for layer in self._layers.values()):
+            facts["weight_only"] = weight_only
         if kernels := self._kernels():
             facts["kernels"] = kernels
         settings = "; ".join(_describe(s) for s in self._resolved.sections)
@@ -165,12 +170,19 @@ class QuantizedLinears:
     def bake(self) -> None:
         """Let the originals go, and make ``save_pretrained`` save what remains so that ``from_pretrained`` loads it."""
         for layer in self._layers.values():
-            if layer.phase is None:
+            if "original" not in layer._buffers:
                 layer.parked = None
         self._originals.discard()
         for denoiser in self._context.denoisers:
             if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
                 mark_quantized(denoiser.module, self._resolved.sections[-1])
+
+    def _schemes(self) -> dict[str, int]:
+        """Sites by what they run, such as W8A8; with "or" between what they run at different steps."""
+        count: Counter[str] = Counter()
+        for schedule in self._resolved.sites.values():
+            count[" or ".join(dict.fromkeys("float" if form is None else form.label for _, form in schedule))] += 1
+        return dict(count)
 
     def _kernels(self) -> dict[str, str]:
         shapes = {(f"K{layer.in_features}", f"N{layer.out_features}") for layer in self._layers.values()}
@@ -184,8 +196,8 @@ class QuantizedLinears:
 
 
 def _describe(section: Quantize) -> str:
-    steps = "" if section.steps == _ALWAYS[0] else f" for progress {section.steps[0]:g} to {section.steps[1]:g}"
-    return f"{section.weights} weights, {section.activations} activations on {section.sites}{steps}"
+    steps = "" if section.steps == _ALWAYS else f" for progress {section.steps[0]:g} to {section.steps[1]:g}"
+    return f"{section.form().label} on {section.sites}{steps}"
 
 
 def _slower(resolved: Resolved, context: Context) -> list[str]:
@@ -194,8 +206,8 @@ def _slower(resolved: Resolved, context: Context) -> list[str]:
     for denoiser in context.denoisers:
         linears = [
             s.module
-            for s in resolved.sites
-            if s.component == denoiser.component and s not in resolved.weight_only and isinstance(s.module, nn.Linear)
+            for s, schedule in resolved.sites.items()
+            if s.component == denoiser.component and _runs_w8a8(schedule) and isinstance(s.module, nn.Linear)
         ]
         tokens = typical_tokens(denoiser)
         factor = None if not linears or _is_fake(linears) else speedup(linears, tokens)
@@ -206,16 +218,20 @@ def _slower(resolved: Resolved, context: Context) -> list[str]:
     return notes
 
 
+def _runs_w8a8(schedule: Schedule) -> bool:
+    return any(form is not None and form.scheme == Scheme() for _, form in schedule)
+
+
 def _follow(phase: Phase) -> Any:
     def listener(call: Call, arguments: Mapping[str, Any], compute: Compute) -> None:
-        phase.active = any(in_steps(call.progress, steps) for steps in phase.ranges)
+        phase.at(call.progress)
 
     return listener
 
 
 def _restore(layer: nn.Linear, parked: Parked, forward: Any) -> None:
     if isinstance(layer, QuantizedLinear):
-        device, dtype = layer.scale.device, layer.weight_dtype
+        device, dtype = layer.device, layer.weight_dtype
         become_linear(layer, parked.restore(device, dtype))
         if forward is not None and "forward" not in layer.__dict__:
             layer.__dict__["forward"] = forward
@@ -225,8 +241,9 @@ def _is_fake(linears: Sequence[nn.Linear]) -> bool:
     return any(isinstance(m.weight, torch._subclasses.FakeTensor) for m in linears)
 
 
-def _is_finite(scale: torch.Tensor) -> bool:
-    return isinstance(scale, torch._subclasses.FakeTensor) or bool(scale.isfinite().all())
+def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
+    floating = [t for t in tensors.values() if t.is_floating_point() and t.itemsize > 1]
+    return all(isinstance(t, torch._subclasses.FakeTensor) or bool(t.isfinite().all()) for t in floating)
 
 
 class _LoadGuard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -17,18 +18,24 @@ class _Method(str, Enum):  # noqa: UP042  (diffusers compares it with text and r
     DIFFACCEL = "diffaccel"
 
 
+_SETTINGS = ("sites", "weights", "activations", "group", "float_activations", "rotate", "low_rank", "refine")
+
+
 class DiffAccelConfig(QuantizationConfigMixin):
-    """A diffusers quantization config: int8 weights and activations, as `Quantize` describes them.
+    """A diffusers quantization config: small weights and activations, as `Quantize` describes them.
+
+    What needs calibration (``balance``, ``protect``) is not found while a checkpoint is read: `diffaccel.accelerate`
+    the model with a calibrated plan, ``bake()`` and save it instead; that loads again like any other.
 
     >>> PixArtTransformer2DModel.from_pretrained(folder, quantization_config=DiffAccelConfig())  # doctest: +SKIP
 
     Args:
-        sites: which linears, as in `Quantize`. Ignored when quantized weights are loaded: those know themselves.
-        weights: ``int8``.
-        activations: ``int8``.
-        float_activations: as in `Quantize`; a saved model names its layers here.
+        sites, weights, activations, group, float_activations, rotate, low_rank, refine: as in `Quantize`. Ignored when
+            quantized weights are loaded: those know themselves.
         dtype: what the weights were before, such as ``bfloat16``; written when a model is saved. ``torch_dtype`` of
             ``from_pretrained`` goes before it.
+        saved: written when a model is saved: what its layers run, a list of objects, each with the names of its
+            ``layers``.
 
     Raises:
         PlanError: a value that `Quantize` refuses, or an unknown field.
@@ -39,19 +46,30 @@ class DiffAccelConfig(QuantizationConfigMixin):
         sites: str = Quantize.sites,
         weights: str = "int8",
         activations: str = "int8",
+        group: int | None = None,
         float_activations: str = Quantize.float_activations,
+        rotate: bool = False,
+        low_rank: int = 0,
+        refine: int = 0,
         dtype: str | None = None,
+        saved: Sequence[Mapping[str, Any]] = (),
         quant_method: str = _Method.DIFFACCEL.value,
     ) -> None:
-        Quantize(sites=sites, weights=weights, activations=activations, float_activations=float_activations)
+        self.settings = Quantize(
+            sites=sites,
+            weights=weights,
+            activations=activations,
+            group=group,
+            float_activations=float_activations,
+            rotate=rotate,
+            low_rank=low_rank,
+            refine=refine,
+        )
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise PlanError(f"DiffAccelConfig.dtype must name a torch dtype such as 'bfloat16', got {dtype!r}")
         self.quant_method = _Method(quant_method)
-        self.sites = sites
-        self.weights = weights
-        self.activations = activations
-        self.float_activations = float_activations
         self.dtype = dtype
+        self.saved = [dict(entry) for entry in saved]
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
@@ -60,7 +78,8 @@ class DiffAccelConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**self.__dict__, "quant_method": self.quant_method.value}
+        body = {name: getattr(self.settings, name) for name in _SETTINGS}
+        return {**body, "dtype": self.dtype, "saved": self.saved, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same; diffusers logs it."""

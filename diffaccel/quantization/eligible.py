@@ -10,7 +10,6 @@ from torch import nn
 
 from diffaccel.denoiser import Denoiser, Site
 from diffaccel.errors import PlanError
-from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.linear import QuantizedLinear
 from diffaccel.quantization.section import Quantize
 from diffaccel.sites import SitePattern
@@ -55,7 +54,7 @@ def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]], *, loaded: boo
     return None
 
 
-def keeps_activations(settings: Quantize | DiffAccelConfig, site: Site) -> bool:
+def keeps_activations(settings: Quantize, site: Site) -> bool:
     """Whether only the weights of ``site`` are quantized."""
     pattern = settings.float_activations
     return bool(pattern) and SitePattern(pattern).matches(site.role, site.component, site.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 
 from diffaccel.denoiser import find_denoisers, select
 from diffaccel.errors import ModelError
-from diffaccel.kernels.int8_linear import quantize_per_channel
 from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.eligible import keeps_activations, parameter_users, why_not
-from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized
+from diffaccel.quantization.linear import SAVED, QuantizedLinear, become_linear, become_quantized
+from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.register import register
+from diffaccel.quantization.schedule import Schedule
+from diffaccel.quantization.scheme import Scheme
 from diffaccel.quantization.section import Quantize
-from diffaccel.quantization.weight import dequantize_weight, plain
+from diffaccel.quantization.stored import KINDS, Run
 
 
 class DiffAccelQuantizer(DiffusersQuantizer):
@@ -27,9 +31,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DiffAccelConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._saved: list[str] = []
-        self._planned: set[str] = set()
-        self._weight_only: set[str] = set()
+        self._saved: dict[str, set[str]] = {}  # layer -> names of its tensors in the file
+        self._planned: dict[str, Schedule] = {}
 
     @property
     def is_serializable(self) -> bool:
@@ -44,37 +47,46 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         return True
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """The keys tell which layers were saved in compressed form."""
-        self._saved = [key.removesuffix(".qweight") for key in loaded_keys if key.endswith(".qweight")]
+        """The keys tell which layers were saved in compressed form, and in which."""
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for key in loaded_keys:
+            owner, _, name = key.rpartition(".")
+            if name in SAVED:
+                found[owner].add(name)
+        known = {name for entry in self.quantization_config.saved for name in entry["layers"]}
+        self._saved = {owner: names for owner, names in found.items() if owner in known}
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        (denoiser,) = find_denoisers(model)
-        self._weight_only = {s.name for s in denoiser.layers if keeps_activations(self.quantization_config, s)}
         if self.pre_quantized:
-            for name in self._saved:
+            runs = _saved_runs(self.quantization_config)
+            for name, names in self._saved.items():
                 layer = model.get_submodule(name)
                 if type(layer) is not nn.Linear:
                     raise ModelError(
-                        f"{name} was saved as an int8 linear, but is a {type(layer).__name__} in this model"
+                        f"{name} was saved as a quantized linear, but is a {type(layer).__name__} in this model"
                     )
-                shape = (layer.out_features, layer.in_features)
                 dtype = self.quantization_config.weight_dtype or layer.weight.dtype
-                qweight, scale = (
-                    torch.empty(shape, dtype=torch.int8, device="meta"),
-                    torch.empty(shape[0], device="meta"),
-                )
-                self._become(name, layer, qweight, scale, dtype)
+                empty = {n: torch.empty(0, device="meta") for n in names | set(_least(runs[name]))}
+                become_quantized(layer, [runs[name]], empty, dtype)
             return
-        sites = select([denoiser], self.quantization_config.sites, "layers")
+        (denoiser,) = find_denoisers(model)
+        settings = self.quantization_config.settings
         users = parameter_users([denoiser])
-        self._planned = {s.name for s in sites if why_not(s.module, users, loaded=False) is None}
+        for site in select([denoiser], settings.sites, "layers"):
+            if why_not(site.module, users, loaded=False) is None:
+                form = settings.form(float_activations=keeps_activations(settings, site))
+                self._planned[site.name] = (((0.0, 1.0), form),)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
         owner, _, name = param_name.rpartition(".")
-        return (owner in self._planned and name == "weight") or (owner in self._saved and name in ("qweight", "scale"))
+        return (owner in self._planned and name == "weight") or (owner in self._saved and name in SAVED)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
+        """What stands there before is empty."""
+        return True
 
     def create_quantized_param(
         self,
@@ -88,54 +100,95 @@ class DiffAccelQuantizer(DiffusersQuantizer):
     ) -> None:
         owner, _, name = param_name.rpartition(".")
         layer = model.get_submodule(owner)
-        if name == "weight":
-            qweight, scale = quantize_per_channel(param_value.to(target_device))
-            if not scale.isfinite().all():
-                raise ModelError(f"{param_name} holds values that are not finite")
-            self._become(owner, layer, qweight, scale, param_value.dtype)
-        else:  # diffusers has cast the scale to the model's dtype; the file has it in float32
+        if name != "weight":  # diffusers has cast it to the model's dtype; the file has it in its own
             layer._buffers[name] = state_dict[param_name].to(target_device)
+            return
+        assert isinstance(layer, nn.Linear)
+        schedule = self._planned[owner]
+        with torch.no_grad():
+            tensors = prepare(param_value.to(target_device), None, schedule)
+            if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point() and t.itemsize > 1):
+                raise ModelError(f"{param_name} holds values that are not finite")
+            become_quantized(layer, runs_of(schedule, layer.in_features)[0], tensors, param_value.dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self._saved:
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantizedLinear)
-            if "meta" in (layer.qweight.device.type, layer.scale.device.type):
-                raise ModelError(f"the checkpoint holds only a part of {name}; save the model again")
+            tensors, runs = layer.stored(), layer.runs
             dtype = layer.weight_dtype if layer.bias is None else layer.bias.dtype
-            qweight, scale = layer.qweight, layer.scale
             become_linear(layer, None)
-            self._become(name, layer, qweight, scale, dtype)  # in the form that is fastest here, one layer at a time
+            try:
+                complete = all(t.device.type != "meta" for t in tensors.values())
+                with torch.no_grad():  # in the form that is fastest here, one layer at a time
+                    become_quantized(layer, runs, tensors, dtype)
+                    complete = complete and layer.dequantized().shape == (layer.out_features, layer.in_features)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise ModelError(
+                    f"the checkpoint's tensors of {name} do not go together ({error}); save the model again"
+                ) from None
+            if not complete:
+                raise ModelError(f"the checkpoint holds only a part of {name}; save the model again")
+        self.quantization_config.saved = _describe(model)
         self.quantization_config.dtype = self.quantization_config.dtype or str(model.dtype).removeprefix("torch.")
         return model
-
-    def _become(self, name: str, layer: nn.Module, qweight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        assert isinstance(layer, nn.Linear)
-        with torch.no_grad():
-            become_quantized(layer, plain(qweight), scale, dtype, weight_only=name in self._weight_only)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in model.modules():
             if isinstance(layer, QuantizedLinear):
-                weight = dequantize_weight(layer.qweight, layer.scale, layer.weight_dtype)
-                become_linear(layer, nn.Parameter(weight, requires_grad=False))
+                become_linear(layer, nn.Parameter(layer.dequantized(), requires_grad=False))
         return model
 
 
 def mark_quantized(model: nn.Module, settings: Quantize) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.parked is None}
     config = DiffAccelConfig(
         sites=settings.sites,
-        # by name: what was saved may come from several sections
-        float_activations=" ".join(f"*.{name}" for name, layer in layers.items() if layer.weight_only),
         dtype=min(str(layer.weight_dtype).removeprefix("torch.") for layer in layers.values()),
+        saved=_describe(model),
     )
     if isinstance(model, ConfigMixin):
         model.register_to_config(quantization_config=config)
     model.hf_quantizer = DiffAccelQuantizer(config, pre_quantized=True)
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
+
+
+def _describe(model: nn.Module) -> list[dict[str, Any]]:
+    """How the quantized layers run, with their names: what `_saved_runs` reads."""
+    by_run: defaultdict[Run, list[str]] = defaultdict(list)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear) and layer.parked is None:
+            by_run[replace(layer.saved_run, suffix="")].append(name)
+    entries = []
+    for run, names in by_run.items():
+        words = {"kind": run.kind, **asdict(run.scheme), "stored_group": run.group, "rotated": run.rotated}
+        entries.append({name: value for name, value in words.items() if value not in (None, False)} | {"layers": names})
+    return entries
+
+
+def _saved_runs(config: DiffAccelConfig) -> dict[str, Run]:
+    """Layer -> how it runs. Raises ModelError where config.json says what this version does not know."""
+    runs = {}
+    for entry in config.saved:
+        try:
+            scheme = Scheme(entry["weights"], entry["activations"], entry.get("group"))
+            run = Run(entry["kind"], scheme, entry.get("stored_group"), entry.get("rotated", False))
+            if run.kind not in KINDS:
+                raise KeyError(run.kind)
+            runs |= dict.fromkeys(entry["layers"], run)
+        except (KeyError, TypeError) as error:
+            raise ModelError(
+                f"config.json's quantization_config has an entry that this diffaccel does not know ({error}): save the "
+                "model again with this version, or install the one that wrote it"
+            ) from None
+    return runs
+
+
+def _least(run: Run) -> list[str]:
+    """Names that no stored weight of this kind lacks."""
+    return [name for name in KINDS[run.kind].names if name != "multiplier"]
 
 
 register()

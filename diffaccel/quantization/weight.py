@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,26 @@ class QuantizedWeight(Tensor):
     """Costs nothing to ask for its shape, dtype or device; any operation on it works on the dequantised values.
 
     Writing to it would be lost, so in-place operations and ``.data`` (how LoRA and qkv fusing write) are refused.
+
+    Args:
+        values: gives them, in ``dtype``.
+        stored: how they are stored, for people.
     """
 
-    _qweight: Tensor
-    _scale: Tensor
+    _values: Callable[[], Tensor]
+    _stored: str
 
     @staticmethod
-    def __new__(cls, qweight: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedWeight:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=scale.device)
-        self._qweight, self._scale = qweight, scale
+    def __new__(
+        cls,
+        values: Callable[[], Tensor],
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        stored: str,
+    ) -> QuantizedWeight:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self._values, self._stored = values, stored
         return self
 
     @property
@@ -61,12 +73,13 @@ class QuantizedWeight(Tensor):
                 raise _refusal(f"calls {func._schema.name} on .weight")
 
         def dequantised(value: Any) -> Any:
-            return dequantize_weight(value._qweight, value._scale, value.dtype) if isinstance(value, cls) else value
+            return value._values() if isinstance(value, cls) else value
 
         return func(*tree_map(dequantised, args), **tree_map(dequantised, kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"QuantizedWeight(int8, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        shape = tuple(self.shape)
+        return f"QuantizedWeight({self._stored}, shape={shape}, dtype={self.dtype}, device={self.device})"
 
 
 def _refusal(what: str) -> PlanError:

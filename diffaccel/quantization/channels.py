@@ -1,0 +1,166 @@
+"""What calibration measures at every linear: how large each input channel gets, by part of the schedule.
+
+Maxima decide the balance of channels (see `conditioning`), mean squares how much an error in a column of the weight
+matters, and rows of the text that never change can be protected (see `protection`). Everything is streamed: nothing
+grows with the number of prompts or tokens, and measurements of several runs merge in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.clock import Call
+from diffaccel.denoiser import Denoiser, Site
+from diffaccel.plan import Artefacts
+from diffaccel.quantization.protection import ConstantRows
+from diffaccel.quantization.rotation import block_size, hadamard, random_signs
+from diffaccel.quantization.schedule import Steps
+
+PREFIX = "quantization"
+RANGES = 8
+"""Parts of equal progress that the schedule is cut into."""
+
+
+class Channels:
+    """What a plan's artefacts hold of one site.
+
+    Attributes:
+        squares: mean square of each input channel, [K].
+        constant: leading rows of the text that never change and outlie the others, [P, K]; None where there are none.
+    """
+
+    def __init__(self, artefacts: Artefacts, site: Site) -> None:
+        self._artefacts, self._name = artefacts, f"{PREFIX}.{site.full_name}"
+        self.squares = artefacts[f"{self._name}.squares"]
+        self.constant = artefacts.get(f"{self._name}.constant")
+
+    def maxima(self, ranges: Sequence[Steps], *, rotated: bool = False) -> Tensor:
+        """max|x| of each input channel over ranges of progress, [K]; over all where nothing was measured there.
+
+        Args:
+            rotated: of the rotated input.
+        """
+        table = self._artefacts[f"{self._name}.{'rotated' if rotated else 'maxima'}"]
+        rows = [i for i in range(len(table)) if any(i < b * RANGES and (i + 1) > a * RANGES for a, b in ranges)]
+        found = table[rows].amax(0)
+        return found if bool(found.any()) else table.amax(0)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the rotated input was measured too."""
+        return f"{self._name}.rotated" in self._artefacts
+
+
+def channels_of(artefacts: Artefacts, site: Site) -> Channels | None:
+    """What was measured at ``site``, or None."""
+    return Channels(artefacts, site) if f"{PREFIX}.{site.full_name}.squares" in artefacts else None
+
+
+class ChannelRecorder:
+    """Measures the inputs of some linears of one denoiser. Its `follow` listens at the denoiser's root.
+
+    Args:
+        sites: the linears.
+        rotated: those whose rotated input is measured too.
+        text: those that may have protected rows.
+    """
+
+    def __init__(self, sites: Sequence[Site], rotated: set[Site], text: set[Site]) -> None:
+        self._sites = sites
+        self._row = 0
+        self._run = -1
+        self._tables: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._rows = {site.full_name: ConstantRows() for site in text}
+        self._rotated = {s.full_name for s in rotated if block_size(_width(s)) is not None}
+        self._handles = [site.module.register_forward_pre_hook(self._hook(site.full_name)) for site in sites]
+
+    def follow(self, call: Call, arguments: Mapping[str, Any], compute: Any) -> None:
+        """Note where the loop stands."""
+        self._row = min(int(call.progress * RANGES), RANGES - 1)
+        if call.run != self._run:
+            self._run = call.run
+            for rows in self._rows.values():
+                rows.begin()
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything measured so far, by name; what `merge` takes."""
+        state = {f"{PREFIX}.{name}": tensor.cpu() for name, tensor in self._tables.items()}
+        state |= {f"{PREFIX}.{name}.count": torch.tensor(count) for name, count in self._counts.items()}
+        for name, rows in self._rows.items():
+            state |= {f"{PREFIX}.{name}.{key}": value for key, value in rows.state().items()}
+        return state
+
+    def merge(self, state: Mapping[str, Tensor]) -> None:
+        """Take in what another recorder of the same sites measured."""
+        for site in self._sites:
+            name = f"{PREFIX}.{site.full_name}"
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            if "count" not in own:
+                continue
+            for kind in ("maxima", "rotated"):
+                if kind in own:
+                    self._raise(f"{site.full_name}.{kind}", own[kind])
+            self._add(site.full_name, own["squares"], int(own["count"]))
+            if site.full_name in self._rows:
+                self._rows[site.full_name].merge(own)
+
+    def artefacts(self) -> Iterator[tuple[str, Tensor]]:
+        """Named tensors for the plan, see `Channels`."""
+        for name, tensor in self._tables.items():
+            site, _, kind = name.rpartition(".")
+            value = tensor / self._counts[site] if kind == "squares" else tensor
+            yield f"{PREFIX}.{name}", value.cpu()
+        for name, rows in self._rows.items():
+            constant = rows.found()
+            if constant is not None:
+                yield f"{PREFIX}.{name}.constant", constant.cpu()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach() if args else None
+            if x is None or not x.numel():
+                return
+            if name in self._rows:
+                self._rows[name].see(x)
+            values = x.reshape(-1, x.shape[-1]).float()
+            self._note(f"{name}.maxima", values)
+            if name in self._rotated:
+                turned = hadamard(values * random_signs(values.shape[-1], values.device))
+                self._note(f"{name}.rotated", turned)
+            self._add(name, values.square().sum(0), len(values))
+
+        return look
+
+    def _note(self, name: str, values: Tensor) -> None:
+        table = values.new_zeros(RANGES, values.shape[1])
+        # Two reductions write nothing; abs().amax() writes as much as it reads.
+        table[self._row] = torch.maximum(values.amax(0), -values.amin(0))
+        self._raise(name, table)
+
+    def _raise(self, name: str, table: Tensor) -> None:
+        known = self._tables.get(name)
+        self._tables[name] = table if known is None else torch.maximum(known, table.to(known))
+
+    def _add(self, name: str, squares: Tensor, count: int) -> None:
+        known = self._tables.get(f"{name}.squares")
+        self._tables[f"{name}.squares"] = squares if known is None else known + squares.to(known)
+        self._counts[name] = self._counts.get(name, 0) + count
+
+
+def _width(site: Site) -> int:
+    return int(site.module.in_features)  # type: ignore[arg-type]
+
+
+def of_component(sites: Sequence[Site], denoiser: Denoiser) -> list[Site]:
+    """Those that belong to ``denoiser``."""
+    return [site for site in sites if site.component == denoiser.component]

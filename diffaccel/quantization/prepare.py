@@ -1,0 +1,119 @@
+"""From the forms that a site is to run in to the tensors that it stores: each weight once, where forms can share it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffaccel.quantization.channels import Channels
+from diffaccel.quantization.conditioning import balance_multiplier, condition_weight, low_rank
+from diffaccel.quantization.rotation import block_size, random_signs
+from diffaccel.quantization.schedule import Schedule, Steps
+from diffaccel.quantization.scheme import Conditioning, Form, Scheme
+from diffaccel.quantization.stored import KINDS, Run
+
+
+@dataclass(frozen=True)
+class _Store:
+    """One stored weight, and the runs that read it."""
+
+    kind: str
+    group: int | None
+    conditioning: Conditioning
+    runs: tuple[Run, ...]
+
+    @property
+    def suffix(self) -> str:
+        return self.runs[0].suffix
+
+
+def runs_of(schedule: Schedule, columns: int) -> tuple[tuple[Run, ...], tuple[tuple[Steps, int], ...]]:
+    """How a layer with ``columns`` inputs runs, and which run (-1: as it was) each range of the schedule takes."""
+    stores = _stores(schedule, columns)
+    runs = tuple(run for store in stores for run in store.runs)
+    forms = {(run.scheme, store.conditioning): runs.index(run) for store in stores for run in store.runs}
+    pieces = tuple((steps, -1 if form is None else forms[form.scheme, form.conditioning]) for steps, form in schedule)
+    return runs, pieces
+
+
+def prepare(
+    weight: Tensor, bias: Tensor | None, schedule: Schedule, channels: Channels | None = None
+) -> dict[str, Tensor]:
+    """The tensors, by name with suffix, of ``weight`` [N, K] in the forms of ``schedule``.
+
+    Args:
+        channels: what calibration measured; needed where the conditioning is balanced.
+    """
+    tensors: dict[str, Tensor] = {}
+    for store in _stores(schedule, weight.shape[1]):
+        ranges = [s for s, form in schedule if form is not None and _reads(form, store)]
+        made = _prepare(weight.detach().float(), store, ranges, channels, _half(weight.dtype))
+        tensors |= {name + store.suffix: tensor for name, tensor in made.items()}
+    protects = any(form is not None and form.conditioning.protect for _, form in schedule)
+    if protects and channels is not None and channels.constant is not None:
+        rows = channels.constant.to(weight)
+        tensors |= {"kept_rows": rows, "kept_outputs": F.linear(rows, weight.detach(), bias)}
+    return tensors
+
+
+def _stores(schedule: Schedule, columns: int) -> list[_Store]:
+    """Forms with the same conditioning share a weight; int8 beside int4 in groups makes a nested one."""
+    forms = list(dict.fromkeys(form for _, form in schedule if form is not None))
+    stores: list[_Store] = []
+    for conditioning in dict.fromkeys(form.conditioning for form in forms):
+        schemes = [form.scheme for form in forms if form.conditioning == conditioning]
+        groups = [s.group for s in schemes if s.weights == "int4" and s.group]
+        nests = groups[0] if groups and any(s.weights == "int8" for s in schemes) else None
+        kinds: dict[tuple[str, int | None], list[Scheme]] = {}
+        for scheme in schemes:
+            nested = nests and (scheme.weights == "int8" or (scheme.weights == "int4" and scheme.group == nests))
+            kinds.setdefault(("nested", nests) if nested else (scheme.weights, scheme.group), []).append(scheme)
+        for (kind, group), members in kinds.items():
+            suffix = f"_{len(stores)}" if stores else ""
+            rotated = conditioning.rotate and block_size(columns) is not None
+            runs = tuple(Run(kind, scheme, group, rotated, suffix) for scheme in members)
+            stores.append(_Store(kind, group, conditioning, runs))
+    return stores
+
+
+def _reads(form: Form, store: _Store) -> bool:
+    return form.conditioning == store.conditioning and any(run.scheme == form.scheme for run in store.runs)
+
+
+def _prepare(
+    weight: Tensor, store: _Store, ranges: Sequence[Steps], channels: Channels | None, half: torch.dtype
+) -> dict[str, Tensor]:
+    how, kind = store.conditioning, KINDS[store.kind]
+    columns, rotated = weight.shape[1], store.runs[0].rotated
+    before = random_signs(columns, weight.device) if rotated else None
+    after = None
+    if how.balance is not None:
+        assert channels is not None
+        turned = rotated and how.first == "rotate"
+        against = condition_weight(weight, before, None, rotated=True) if turned else weight
+        balance = balance_multiplier(channels.maxima(ranges, rotated=turned), against, how.balance)
+        if turned:
+            after = balance
+        else:
+            before = balance if before is None else balance * before
+    weight = condition_weight(weight, before, after, rotated=rotated)
+    extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # powers of two
+    if how.low_rank:
+        coarsest = min(store.runs, key=lambda run: run.scheme.bits)
+
+        def rounded(rest: Tensor) -> Tensor:
+            return kind.values(kind.quantize(rest, store.group), coarsest, rest.shape[1])
+
+        up, down = low_rank(weight, how.low_rank, half, rounded, how.refine)
+        weight = weight - up.float() @ down.float()
+        extras |= {"up": up, "down": down}
+    return kind.quantize(weight, store.group) | extras
+
+
+def _half(dtype: torch.dtype) -> torch.dtype:
+    """Of the low-rank branch: that of the weight where it has 16 bits, else float16, the finer of the two."""
+    return dtype if dtype.itemsize == 2 else torch.float16

@@ -1,0 +1,157 @@
+"""The ways in which a weight is stored, as named tensors: how each is made, multiplied with, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffaccel.kernels import fp8_linear as fp8
+from diffaccel.kernels import int8_linear as int8
+from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
+from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, int4_from, nested_from
+from diffaccel.quantization.scheme import Scheme
+from diffaccel.quantization.weight import dequantize_weight, plain
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a layer's stored weight is used at some of the steps.
+
+    Args:
+        kind: which of `KINDS` it is stored in.
+        scheme: what it stands for. A nested weight serves several.
+        group: of the stored weight.
+        rotated: whether its input is turned.
+        suffix: of its tensors' names; tells the stored weights of a layer apart.
+    """
+
+    kind: str
+    scheme: Scheme
+    group: int | None = None
+    rotated: bool = False
+    suffix: str = ""
+
+
+class Kind(Protocol):
+    """One way of storing; ``tensors`` are by name, of a weight [N, K]."""
+
+    names: tuple[str, ...]
+
+    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+        """Its tensors, as they are saved; float32 [N, K] in. Scales are NaN in channels that are not finite."""
+
+    def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
+        """What is fastest on the tensors' device; `unpack` is the inverse."""
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        """As they are saved."""
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        """The weight that they stand for, float32 [N, K]."""
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        """``x`` [..., K] -> [..., N] in its dtype; ``bits`` of int8 activations."""
+
+
+class _Plain:
+    """Saved as it runs."""
+
+    def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        return dict(tensors)
+
+
+class _Int8:
+    names = ("qweight", "scale")
+
+    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+        return dict(zip(self.names, int8.quantize_per_channel(weight), strict=True))
+
+    def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
+        """Blocked for oneDNN only where there is no accelerator: moves between devices need plain tensors."""
+        qweight = tensors["qweight"]
+        on_cpu = qweight.device.type == "cpu" and not isinstance(qweight, torch._subclasses.FakeTensor)
+        blocked = integer_activations and not (on_cpu and torch.accelerator.is_available())
+        packed = int8.pack(qweight, tensors["scale"], "auto" if blocked else "dense")
+        return {"qweight": packed.data, "scale": packed.scale}
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        return {"qweight": plain(tensors["qweight"]), "scale": tensors["scale"]}
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        return dequantize_weight(tensors["qweight"], tensors["scale"], torch.float32)
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        return _integer(x, tensors["qweight"], tensors["scale"], run, bias, bits)
+
+
+class _Fp8(_Plain):
+    names = ("qweight", "scale")
+
+    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+        return dict(zip(self.names, fp8.quantize_per_channel(weight), strict=True))
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        return tensors["qweight"].float() * tensors["scale"][:, None]
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        path = "auto" if run.scheme.activations == "fp8" else "dense"
+        return fp8.fp8_linear(x, tensors["qweight"], tensors["scale"], bias, path)
+
+
+class _Int4(_Plain):
+    names = ("nibbles", "multiplier", "scale")
+
+    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+        return quantize_int4(weight, group).tensors()
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        return self._weight(tensors, run, columns).dequantize()
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        weight = self._weight(tensors, run, x.shape[-1])
+        return _integer(x, weight.codes(), weight.scale, run, bias, bits)
+
+    def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight:
+        return int4_from(tensors, columns, run.group)
+
+
+class _Nested(_Plain):
+    """One weight that is read as int8 or as int4."""
+
+    names = ("low", "scale", "high_nibbles", "high_multiplier", "high_scale")
+
+    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+        assert group is not None
+        return quantize_nested(weight, group).tensors()
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        return self._weight(tensors, run, columns).dequantize()
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        weight = self._weight(tensors, run, x.shape[-1])
+        return _integer(x, weight.codes(), weight.scale, run, bias, bits)
+
+    def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight | NestedWeight:
+        weight = nested_from(tensors, columns, run.group)
+        return weight.high if run.scheme.weights == "int4" else weight
+
+
+def _integer(x: Tensor, codes: Tensor, scale: Tensor, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+    path = "auto" if run.scheme.activations == "int8" else "dense"
+    return int8.int8_linear(x, int8.PackedWeight(codes, scale, path, bits), bias)
+
+
+KINDS: dict[str, Kind] = {"int8": _Int8(), "fp8": _Fp8(), "int4": _Int4(), "nested": _Nested()}
+"""By the name that `Run.kind` and saved models use."""
+
+NAMES = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.names))
+"""Of every tensor of every kind."""
