@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffaccel.errors import InputError, did_you_mean
-from diffaccel.eval.measures import FIDELITY, MEASURES
+from diffaccel.eval.measures import FIDELITY, MEASURES, Score
 from diffaccel.eval.result import Row
+from diffaccel.eval.sets import SETS
 
 _CLAUSE = re.compile(r"\s*([a-z_]+)\s*(>=|<=)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 _DROP = "_drop"
@@ -35,7 +36,8 @@ class Requirement:
     @property
     def least(self) -> bool:
         """Whether ``limit`` is the least that is allowed, and not the most."""
-        return self.name == "speedup" or (self.name in MEASURES and MEASURES[self.name].higher_is_better)
+        measure = MEASURES.get(self.name) or SETS.get(self.name)
+        return self.name == "speedup" or (measure is not None and measure.higher_is_better)
 
     def __str__(self) -> str:
         return f"{self.name} {'>=' if self.least else '<='} {self.limit:g}"
@@ -60,18 +62,20 @@ class Verdict:
         return f"{self.requirement}: {told} ({bound}, estimate {self.value:.4g})"
 
 
-def parse_requirements(text: str, measures: Sequence[str]) -> list[Requirement]:
+def parse_requirements(text: str, measures: Sequence[str], *, against: bool = False) -> list[Requirement]:
     """Read a list of requirements joined by ``&``.
 
     Args:
         text: such as ``psnr>=36 & adherence_drop<=0.03``.
         measures: names of those that the run reports beside PSNR and SSIM, with or without their settings.
+        against: whether rows are compared with a folder, so that distances have a drop as well.
 
     Raises:
         InputError: not of that form, of a number that this run does not have, or with its worse side required.
     """
     reported = dict.fromkeys((*FIDELITY, *(name.partition("=")[0] for name in measures)))
     judged = [name for name in reported if name in MEASURES and not MEASURES[name].fidelity]
+    judged += [name for name in reported if name in SETS and (against or not SETS[name].compares)]
     known = [*reported, *(name + _DROP for name in judged), *_COSTS]
     found = []
     for clause in text.split("&"):
@@ -80,7 +84,9 @@ def parse_requirements(text: str, measures: Sequence[str]) -> list[Requirement]:
             raise InputError(f"requirements look like 'psnr>=36 & speedup>=1.5', got {clause.strip()!r}")
         name, sign, limit = match.groups()
         if name not in known:
-            more = "; ask for that measure too" if name.removesuffix(_DROP) in MEASURES else did_you_mean(name, known)
+            measure = name.removesuffix(_DROP)
+            unasked = measure not in reported and (measure in MEASURES or measure in SETS)
+            more = "; ask for that measure too" if unasked else did_you_mean(name, known)
             raise InputError(f"requirement {clause.strip()!r}: this run has no {name!r}{more}")
         try:
             requirement = Requirement(name, float(limit))
@@ -103,8 +109,9 @@ def judge(requirement: Requirement, row: Row, reference: Row) -> Verdict:
         return Verdict(requirement, ratio, ratio)
     if name == "speedup":
         return Verdict(requirement, row.speedup.value, row.speedup.low)
+    measure = name.removesuffix(_DROP)
+    score = row.sets[measure] if measure in SETS else row.scores[measure]
     if name.endswith(_DROP):
-        score = row.scores[name.removesuffix(_DROP)]
         assert score.drop is not None and score.drop_bound is not None
         return Verdict(requirement, score.drop.value, score.drop_bound)
-    return Verdict(requirement, row.scores[name].mean, row.scores[name].bound)
+    return Verdict(requirement, score.mean if isinstance(score, Score) else score.value, score.bound)

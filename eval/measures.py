@@ -16,6 +16,7 @@ from diffaccel.eval.metrics.intervals import Interval, difference_interval, mean
 from diffaccel.eval.metrics.psnr import PSNR_CAP, psnr
 from diffaccel.eval.metrics.ssim import ssim
 from diffaccel.eval.scenes import parse
+from diffaccel.eval.sets import SETS, finite
 
 FIDELITY = ("psnr", "ssim")
 """Reported of every run."""
@@ -84,9 +85,8 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; bounds that one prompt leaves infinite are None."""
-        body = dict(self.__dict__)
-        body["drop"] = None if self.drop is None else self.drop._asdict()
-        return {k: _finite(v) for k, v in body.items()}
+        drop = None if self.drop is None else {k: finite(v) for k, v in self.drop._asdict().items()}
+        return {**{k: finite(v) for k, v in self.__dict__.items()}, "drop": drop}
 
 
 def adherence(sample: np.ndarray, prompt: str) -> float:
@@ -189,7 +189,7 @@ def measures_of(names: Sequence[str], prompts: Sequence[Any], *, video: bool = T
     for text in dict.fromkeys((*FIDELITY, *names)):
         name, sign, setting = text.partition("=")
         if name not in MEASURES:
-            raise InputError(f"no measure {name!r}{did_you_mean(name, MEASURES)}")
+            raise InputError(f"no measure {name!r}{did_you_mean(name, [*MEASURES, *SETS])}")
         measure = MEASURES[name]
         if measure.of_video and not video:
             raise InputError(f"measure {name!r} needs clips, but this pipeline makes images")
@@ -242,9 +242,3 @@ def score(
         drop=drop,
         drop_bound=drop_bound,
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

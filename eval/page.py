@@ -18,7 +18,7 @@ from PIL import Image
 from diffaccel.errors import InputError
 from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.measures import FIDELITY
-from diffaccel.eval.result import Result, Row
+from diffaccel.eval.result import Result, Row, score_text
 from diffaccel.eval.store import to_bytes
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -71,7 +71,7 @@ def write_page(
         measures=[name for name in _measures(result) if name != "psnr"],
         plot=_plot(result),
         conditions=_conditions(result),
-        notes=[*result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes)],
+        notes=[*result.set_legends(), *result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes)],
         restored=result.restored,
         shown=len(shown),
         count=count,
@@ -105,7 +105,7 @@ def _plot(result: Result) -> str:
 
 
 def _measures(result: Result) -> list[str]:
-    return list(dict.fromkeys([*FIDELITY, *(name for row in result.rows for name in row.scores)]))
+    return list(dict.fromkeys([*FIDELITY, *(name for row in result.rows for name in row.numbers())]))
 
 
 def _values(result: Result, row: Row, item: int) -> dict[str, float | None]:
@@ -124,7 +124,7 @@ def _cells(row: Row) -> dict[str, Any]:
         "speed_interval": "" if row.kind == "reference" else f"[{speed.low:.2f}, {speed.high:.2f}]",
         "psnr": "" if row.psnr is None else f"{row.psnr.mean:.1f}",
         "worst": "" if row.psnr is None else f"{row.psnr.worst_decile:.1f}",
-        "scores": {name: f"{s.mean:.4g} [{s.low:.4g}, {s.high:.4g}]" for name, s in row.scores.items()},
+        "scores": {name: score_text(score, 4) for name, score in row.numbers().items()},
         "peak": f"{row.peak_bytes / 2**20:.0f}",
         "model": f"{row.model_bytes / 2**20:.1f}",
     }

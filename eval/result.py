@@ -16,6 +16,7 @@ from rich.text import Text
 
 from diffaccel.eval.measures import FIDELITY, Score
 from diffaccel.eval.metrics.psnr import PSNR_CAP
+from diffaccel.eval.sets import SETS, SetScore
 from diffaccel.eval.store import Store
 from diffaccel.eval.timing import Ratio
 
@@ -38,6 +39,7 @@ class Row:
             seconds, are comparable between rows: a control that joined late has the reference run beside it again.
         scores: by measure; fidelities (``psnr``, ``ssim``) are missing from the reference itself. Identical samples
             count as `PSNR_CAP` dB.
+        sets: by measure of the whole row, such as ``fid``.
         identical: samples equal to the reference to the bit.
         peak_bytes: largest over the calls. On the CPU the resident set of the whole process, earlier rows' leftovers
             included, so a later row never shows less than it needs.
@@ -62,16 +64,22 @@ class Row:
     attach_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    sets: Mapping[str, SetScore] = field(default_factory=dict)
 
     @property
     def psnr(self) -> Score | None:
         """None for the reference."""
         return self.scores.get("psnr")
 
+    def numbers(self) -> dict[str, Score | SetScore]:
+        """By measure, whether of samples or of the row."""
+        return {**self.scores, **self.sets}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         scores = {name: score.to_dict() for name, score in self.scores.items()}
-        return {**self.__dict__, "speedup": self.speedup.to_dict(), "scores": scores}
+        sets = {name: score.to_dict() for name, score in self.sets.items()}
+        return {**self.__dict__, "speedup": self.speedup.to_dict(), "scores": scores, "sets": sets}
 
 
 @dataclass(frozen=True)
@@ -137,15 +145,22 @@ class Result:
             box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title=self._title(), title_justify="left", title_style=""
         )
         table.add_column("", overflow="fold", min_width=9)
-        more = dict.fromkeys(name for row in self.rows for name in row.scores if name not in FIDELITY)
-        for name in (*_COLUMNS, *(f"{name}\n95 % interval" for name in more)):
+        for name in _COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.in_order():
-            table.add_row(
-                *_cells(row),
-                *(_score(row.scores.get(name)) for name in more),
-                style="dim" if row.kind in ("control", "noise floor") else "",
-            )
+            table.add_row(*_cells(row), style=_style(row))
+        return table
+
+    def quality(self) -> Table | None:
+        """One line per row, the measures beside PSNR and SSIM; None where the run has none."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.numbers() if name not in FIDELITY))
+        if not names:
+            return None
+        table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for name in names:
+            table.add_column(f"{name}\n95 % interval", justify="right")
+        for row in self.in_order():
+            table.add_row(row.name, *(score_text(row.numbers().get(name)) for name in names), style=_style(row))
         return table
 
     def in_order(self) -> list[Row]:
@@ -155,6 +170,18 @@ class Result:
             if row.kind != "control":
                 ordered += [row, *(c for c in self.rows if row.name in c.control_of and c not in ordered)]
         return ordered + [row for row in self.rows if row not in ordered]
+
+    def set_legends(self) -> list[str]:
+        """What each measure of whole rows is, of how many samples, and what its interval is worth."""
+        found = {name: score for row in self.rows for name, score in row.sets.items()}
+        lines = []
+        for name, s in found.items():
+            to = f" to {s.against} ({s.reference})" if s.reference else ""
+            lines.append(
+                f"{name}: {SETS[name].words} of the row's {s.samples} samples{to}, features of {s.extractor}; the "
+                "interval leaves prompts out and belongs to the number of so many samples, compare no other count."
+            )
+        return lines
 
     def _title(self) -> str:
         c = self.conditions
@@ -172,12 +199,21 @@ class Result:
         )
         restored = "afterwards the pipeline gave the reference output to the bit"
         broken = "AFTERWARDS THE PIPELINE DID NOT GIVE THE REFERENCE OUTPUT"
-        lines = [legend, restored if self.restored else broken, *self.notes, *notes]
-        return Group(self.table(), *(Text(line, style="dim") for line in lines))
+        lines = [legend, *self.set_legends(), restored if self.restored else broken, *self.notes, *notes]
+        tables = [table for table in (self.table(), self.quality()) if table is not None]
+        return Group(*tables, *(Text(line, style="dim") for line in lines))
 
 
-def _score(score: Score | None) -> str:
-    return "-" if score is None else f"{score.mean:.3g} [{score.low:.3g}, {score.high:.3g}]"
+def _style(row: Row) -> str:
+    return "dim" if row.kind in ("control", "noise floor") else ""
+
+
+def score_text(score: Score | SetScore | None, digits: int = 3) -> str:
+    """A number with its interval."""
+    if score is None:
+        return "-"
+    value = score.mean if isinstance(score, Score) else score.value
+    return f"{value:.{digits}g} [{score.low:.{digits}g}, {score.high:.{digits}g}]"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from torch import nn
 
 from diffaccel.denoiser import find_denoisers, unwrap_compiled
 from diffaccel.errors import InputError, PlanError
+from diffaccel.eval.feature_store import Folder
 from diffaccel.eval.generate import steps_of
+from diffaccel.eval.sets import ChosenSet
 from diffaccel.eval.store import REFERENCE
 from diffaccel.key import config_digest, weights_fingerprint
 from diffaccel.pipelines.tasks import check_arguments
@@ -88,8 +90,13 @@ class Request:
             if control == self.steps:
                 raise InputError(f"control of {control} steps is the reference itself; give another count")
 
-    def settings(self) -> dict[str, Any]:
-        """JSON-ready identity of a comparison: results under equal settings may stand in one table."""
+    def settings(self, sets: Sequence[ChosenSet] = (), data: Folder | None = None) -> dict[str, Any]:
+        """JSON-ready identity of a comparison: results under equal settings may stand in one table.
+
+        Args:
+            sets: the measures of whole rows.
+            data: the folder that those compare with.
+        """
         parameter = next(find_denoisers(self.pipe)[0].module.parameters())
         return {
             "pipeline": type(self.pipe).__name__,
@@ -104,6 +111,8 @@ class Request:
             "turn": self.turn,
             "noise_floor": self.noise_floor,
             "measures": list(self.measures),
+            "extractors": {one.key: _network(one.extractor) for one in sets} or None,
+            "against": None if data is None else f"{data.path}: {data.identity}",
             "peers": list(self.peers),
             "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -132,6 +141,13 @@ def plain(value: Any) -> Any:
         array = np.ascontiguousarray(value)
         return f"array {list(array.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
     return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _network(extractor: Any) -> str:
+    """Identity of an extractor: of its weights, where it is a network or holds one."""
+    owner = getattr(extractor, "__self__", extractor)
+    network = owner if isinstance(owner, nn.Module) else getattr(owner, "network", None)
+    return weights_fingerprint(network) if isinstance(network, nn.Module) else repr(type(owner).__qualname__)
 
 
 def _component(component: Any) -> str:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,23 @@ class Store:
     def save(self, row: str, item: int, sample: np.ndarray) -> Path:
         """Write one sample, float32 ``[F, H, W, C]`` in [0, 1]; returns where."""
         folder = self.folder / "outputs" / slug(row)
-        folder.mkdir(parents=True, exist_ok=True)
         exact = row == REFERENCE
         path = folder / f"{item:04d}{'.npy' if exact or len(sample) > 1 or sample.shape[-1] == 4 else '.png'}"
-        partial = path.with_name(f"partial-{self._own}{path.suffix}")
         if path.suffix == ".png":
-            Image.fromarray(np.squeeze(to_bytes(sample[0]), -1) if sample.shape[-1] == 1 else to_bytes(sample[0])).save(
-                partial
-            )
-        else:
-            np.save(partial, sample if exact else to_bytes(sample))
+            picture = to_bytes(sample[0])
+            image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            return self.write(path, image.save)
+        return self.write_array(path, sample if exact else to_bytes(sample))
+
+    def write_array(self, path: Path, array: np.ndarray) -> Path:
+        """Write a .npy file."""
+        return self.write(path, lambda partial: np.save(partial, array))
+
+    def write(self, path: Path, save: Callable[[Path], object]) -> Path:
+        """Let ``save`` write a file beside ``path`` and move it there, so that none is ever half done."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"partial-{self._own}{path.suffix}")
+        save(partial)
         os.replace(partial, path)
         return path
 

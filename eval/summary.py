@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from diffaccel.eval.generate import Job
 from diffaccel.eval.measures import Measure, Score, score
 from diffaccel.eval.result import Result, Row
+from diffaccel.eval.sets import SetScore
 from diffaccel.eval.store import REFERENCE, Store
 from diffaccel.eval.timing import Ratio, nearest, speedup
 
@@ -55,8 +57,9 @@ def result_of(
     jobs: Sequence[Job],
     conditions: Mapping[str, Any],
     restored: bool,
+    sets: Mapping[str, Mapping[str, SetScore]] = MappingProxyType({}),
 ) -> Result:
-    """The rows, the plans in ``matched`` each with its control of fewer steps."""
+    """The rows, the plans in ``matched`` each with its control of fewer steps; ``sets`` by row and measure."""
     control_of: dict[int, list[str]] = {}
     costs = {
         v.steps: speedup_of(store, v.name).value for v in variants if v.kind in ("reference", "control") and v.steps
@@ -66,7 +69,8 @@ def result_of(
     rows = []
     for variant in variants:
         plans = control_of.get(variant.steps or -1, []) if variant.kind == "control" else []
-        rows.append(_row(store, variant, tuple(plans), _scores(store, variant, measures, jobs)))
+        scores = _scores(store, variant, measures, jobs)
+        rows.append(_row(store, variant, tuple(plans), scores, sets.get(variant.name, {})))
     full = variants[0].steps
     notes = [r["text"] for r in store.records("note")]
     notes += [f"{plan}: no faster than the reference, so it has no control" for plan in control_of.get(full or -1, [])]
@@ -106,7 +110,13 @@ def _value(record: Mapping[str, Any], measure: Measure) -> float:
     return measure.cap if value is None else value
 
 
-def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...], scores: Mapping[str, Score]) -> Row:
+def _row(
+    store: Store,
+    variant: RowSpec,
+    control_of: tuple[str, ...],
+    scores: Mapping[str, Score],
+    sets: Mapping[str, SetScore],
+) -> Row:
     items = store.records("item", row=variant.name)
     turns = store.records("row", row=variant.name)
     first = list(_first(store, variant.name).values())
@@ -124,6 +134,7 @@ def _row(store: Store, variant: RowSpec, control_of: tuple[str, ...], scores: Ma
         call_seconds=float(np.median([r["seconds"] for r in items])),
         speedup=speedup_of(store, variant.name),
         scores=scores,
+        sets=sets,
         identical=len(first) if variant.kind == "reference" else sum(r["identical"] for r in first),
         peak_bytes=max(r["peak_bytes"] for r in items),
         model_bytes=turns[-1]["model_bytes"],

@@ -15,13 +15,14 @@ from diffaccel.eval.compare import compare
 from diffaccel.eval.processes import Processes
 
 RUN = """
-import json, sys, warnings
+import json, os, sys, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_processes import result
-print("RESULT" + json.dumps(result(sys.argv[1])))
+found = result(sys.argv[1])
+open(sys.argv[1] + "-result-" + os.environ["RANK"], "w").write(json.dumps(found))
 """
 
 
@@ -29,11 +30,14 @@ def result(folder):
     """Everything of a run but its seconds."""
     pipe = PIPELINES["pixart_sigma"].build()
     calls = {k: v for k, v in PIPELINES["pixart_sigma"].request.items() if k != "output_type"}
-    plans = {"cache": Plan(caching=StepCache(threshold=0.3, min_steps=1))}
-    out = compare(pipe, plans, ["a", "b", "c"], (0,), {"num_inference_steps": 3, **calls}, (), folder=folder)
+    plans = {"cache": Plan(caching=StepCache(threshold=100, min_steps=1))}
+    measures = ("cmmd=python:test_eval_sets:colours",)
+    calls = {"num_inference_steps": 6, **calls}
+    out = compare(pipe, plans, ["a", "b", "c"], (0,), calls, (), folder=folder, measures=measures)
     items = out.store.records("item")
     return {
         "scores": {row.name: {name: score.to_dict() for name, score in row.scores.items()} for row in out.rows},
+        "sets": {row.name: {name: score.to_dict() for name, score in row.sets.items()} for row in out.rows},
         "digests": sorted([r["row"], r["item"], r["digest"]] for r in items),
         "restored": out.restored,
     }
@@ -45,7 +49,7 @@ def _two(tmp_path, folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(script), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    return done, [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return done, [json.loads(file.read_text()) for file in sorted(tmp_path.glob("*-result-*"))]
 
 
 @pytest.fixture
@@ -61,6 +65,7 @@ def test_two_processes_give_what_one_gives(tmp_path, one_thread):
     assert done.returncode == 0 and len(shared) == 2, done.stderr[-2000:]
     alone = json.loads(json.dumps(result(tmp_path / "alone")))
     assert shared[0] == shared[1] == alone
+    assert alone["sets"]["cache"]["cmmd"]["value"] > 0
     assert len(alone["digests"]) == 6 and alone["restored"]
     written = {file.name: len(file.read_text().splitlines()) for file in (tmp_path / "shared").glob("records*")}
     assert set(written) == {"records.jsonl", "records-1.jsonl"} and min(written.values()) >= 3

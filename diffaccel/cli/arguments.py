@@ -25,6 +25,18 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; defaul
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on CUDA, else float32.")
 ]
+Measures = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--measure",
+        help="Beside PSNR and SSIM: adherence, clip=ViT-B-32:openai, lpips, flicker, ...; of all samples together: "
+        "fid, cmmd, fvd=torchscript:FILE, inception_score=inception:FILE. Several times.",
+    ),
+]
+Against = Annotated[
+    Path | None,
+    typer.Option(help="Folder of pictures (or clips) that fid, cmmd and fvd compare with; default: the reference's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs to stdout.")]
 
 

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, call_arguments, chosen_prompts, read_plan
+from diffaccel.cli.arguments import (
+    Against,
+    Device,
+    Dtype,
+    Json,
+    Measures,
+    Model,
+    call_arguments,
+    chosen_prompts,
+    read_plan,
+)
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 from diffaccel.errors import InputError
 
@@ -19,6 +29,8 @@ diffaccel compare
 diffaccel compare -m bundled:video --plan balanced --plan fast -n 16 -o out/compare
 
 diffaccel compare --plan fast --peer first-block-cache=0.12 --peer cache-dit --peer torch-compile
+
+diffaccel compare --plan balanced --plan fast -n 160 --measure clip --measure fid
 
 diffaccel compare -m ./my-pipeline --prompts prompts.txt --plan plans/mine --steps 30 --json > result.json
 """
@@ -39,6 +51,8 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     size: Annotated[str | None, typer.Option(help="One side, or WIDTHxHEIGHT.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    measure: Measures = None,
+    against: Against = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often every item is timed.")] = 1,
     output: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the comparison; a run that was interrupted goes on there.")
@@ -77,6 +91,8 @@ def compare(
         seed or [0],
         calls,
         repeats=repeats,
+        measures=measure or (),
+        against=against,
         peers=peer or (),
         folder=output,
         progress=err.is_terminal,

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, Json, Model, call_arguments, chosen_prompts, read_plan
+from diffaccel.cli.arguments import (
+    Against,
+    Device,
+    Dtype,
+    Json,
+    Measures,
+    Model,
+    call_arguments,
+    chosen_prompts,
+    read_plan,
+)
 from diffaccel.cli.console import err, note, out, print_json, quiet_libraries
 from diffaccel.errors import InputError
 
@@ -21,6 +31,10 @@ diffaccel eval -m bundled:video --plan fast --measure adherence -n 64 --seeds 2 
 accelerate launch --num_processes 4 -m diffaccel.cli eval -m ./my-pipeline --plan fast -n 1000
 
 diffaccel eval -m ./my-pipeline --prompts captions_val2014.json -n 500 --plan plans/mine --require "psnr>=36"
+
+diffaccel eval --plan fast -n 200 --measure fid --measure cmmd --require "fid<=5"
+
+diffaccel eval -m ./my-pipeline --prompts captions.txt -n 5000 --measure fid=inception:weights.pth --against val2014/
 """
 
 
@@ -33,10 +47,8 @@ def evaluate(
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 32,
     seeds: Annotated[int, typer.Option(min=1, help="Each prompt runs with the seeds 0, 1, ...")] = 1,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(help="Beside PSNR and SSIM: adherence, clip=ViT-B-32:openai, lpips, ...; several times."),
-    ] = None,
+    measure: Measures = None,
+    against: Against = None,
     require: Annotated[
         str | None, typer.Option(help='Exit with 1 unless met with 95 % confidence: "psnr>=36 & adherence_drop<=0.03".')
     ] = None,
@@ -67,7 +79,7 @@ def evaluate(
     from diffaccel.eval.processes import Processes
     from diffaccel.pipelines.loading import load
 
-    required = parse_requirements(require, measure or ()) if require is not None else []
+    required = parse_requirements(require, measure or (), against=against is not None) if require is not None else []
     wrapped = load(model, device=device, dtype=dtype)
     result = compare(
         wrapped,
@@ -77,6 +89,7 @@ def evaluate(
         calls,
         controls=(),
         measures=measure or (),
+        against=against,
         folder=output,
         progress=err.is_terminal,
     )

@@ -1,0 +1,114 @@
+"""Runs rows on items, and writes down what each gave and cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diffaccel.denoiser import find_denoisers
+from diffaccel.errors import InputError
+from diffaccel.eval.feature_store import FeatureStore
+from diffaccel.eval.generate import Job, generate
+from diffaccel.eval.measures import Chosen, text_of
+from diffaccel.eval.meter import metered
+from diffaccel.eval.store import REFERENCE, Store, digest
+from diffaccel.eval.variants import Variant
+from diffaccel.inspection.weights import module_bytes
+
+
+class Runner:
+    """Runs rows on jobs, leaving out what the store already holds."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        calls: Mapping[str, Any],
+        store: Store,
+        measures: Sequence[Chosen],
+        features: FeatureStore,
+        bar: Progress,
+        total: int,
+    ) -> None:
+        self._pipe, self._calls, self._store = pipe, calls, store
+        self._measures, self._features = measures, features
+        self._bar = bar
+        self._task = bar.add_task("comparing", total=total)
+        self._turns = 0
+
+    def take_turn(self, variants: Sequence[Variant], jobs: Sequence[Job], rounds: Iterable[int]) -> None:
+        """Every row on these jobs; the reference first, since the others are scored against it and timed beside it.
+
+        What is timed in the same round is compared: a row that joins late brings the reference with it.
+        """
+        if len(variants) < 2 and self._turns:
+            return
+        for number in rounds:
+            others = list(variants[1:])
+            if self._turns % 2:
+                others.reverse()
+            self._turns += 1
+            for variant in (variants[0], *others):
+                self._run(variant, jobs, number)
+
+    def _run(self, variant: Variant, jobs: Sequence[Job], repeat: int) -> None:
+        pending = [j for j in jobs if not self._store.records("item", row=variant.name, item=j.index, repeat=repeat)]
+        done = len(self._store.records("item"))
+        total = max(done + len(pending), self._bar.tasks[0].total or 0)
+        self._bar.update(self._task, completed=done, total=total, description=variant.name)
+        if not pending:
+            return
+        calls = dict(self._calls)
+        if variant.steps is not None:
+            calls["num_inference_steps"] = variant.steps
+        started = time.perf_counter()
+        with variant.apply(self._pipe) as handle:
+            attach_seconds = time.perf_counter() - started
+            warm_up = calls if variant.steps is None else {**calls, "num_inference_steps": min(2, variant.steps)}
+            generate(self._pipe, pending[0], warm_up)
+            weights = sum(module_bytes(denoiser.module) for denoiser in find_denoisers(self._pipe))
+            self._store.append(kind="row", row=variant.name, attach_seconds=attach_seconds, model_bytes=weights)
+            for job in pending:
+                self._measure(variant, job, repeat, calls)
+            if hasattr(handle, "report"):
+                self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
+
+    def _measure(self, variant: Variant, job: Job, repeat: int, calls: Mapping[str, Any]) -> None:
+        sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
+        facts: dict[str, Any] = {}
+        reference = None if variant.kind == "reference" else self._store.load(REFERENCE, job.index)
+        if reference is not None:
+            if sample.shape != reference.shape:
+                raise InputError(f"{variant.name}: output {sample.shape}, reference {reference.shape}: not comparable")
+            facts["identical"] = np.array_equal(sample, reference)
+        facts["scores"] = {
+            m.measure.name: _finite(m.compute(sample, reference if m.measure.fidelity else text_of(job.prompt)))
+            for m in self._measures
+            if reference is not None or not m.measure.fidelity
+        }
+        if not self._store.records("item", row=variant.name, item=job.index):
+            self._store.save(variant.name, job.index, sample)
+            self._features.add(variant.name, job.index, sample)
+        key = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
+        self._store.append(kind="item", **key, **facts, **cost.__dict__)
+        self._bar.advance(self._task)
+
+    def is_restored(self, job: Job) -> bool:
+        """Whether the pipeline as it now is gives the reference output to the bit."""
+        self._bar.update(self._task, description="checking")
+        return np.array_equal(generate(self._pipe, job, self._calls), self._store.load(REFERENCE, job.index))
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: an identical sample has no dB."""
+    return value if math.isfinite(value) else None
+
+
+def progress_bar(visible: bool) -> Progress:
+    """What `Runner` shows its progress on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True, disable=not visible)
