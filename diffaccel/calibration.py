@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
 from diffaccel.attach import accelerate
 from diffaccel.caching.ratios import Recorder
@@ -19,60 +20,128 @@ from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import PlanError
 from diffaccel.key import plan_key
 from diffaccel.plan import Artefacts, Plan, Section
+from diffaccel.quantization.calibrate import Checkpoint, recorders_of
+from diffaccel.quantization.channels import ChannelRecorder
+from diffaccel.quantization.section import Quantize
 from diffaccel.root import Compute
+from diffaccel.technique import Context
 
 
 def calibrate(
-    pipe: Any, plan: Plan | Section, *, prompts: str | Mapping[str, Any] | Iterable[Any], **call: Any
+    pipe: Any,
+    plan: Plan | Section,
+    *,
+    prompts: str | Mapping[str, Any] | Iterable[Any],
+    folder: str | os.PathLike[str] | None = None,
+    **call: Any,
 ) -> Plan:
     """Run the pipeline on a few prompts and give the plan with what was measured.
 
-    The rest of the plan is attached while measuring, so that the numbers belong to the network that will run. MagCache
-    needs one prompt; use the scheduler and step count that will be used (other step counts are derived from them).
+    Quantized linears whose channels are balanced or whose text is protected need to know their inputs along the
+    unaccelerated trajectory: some tens of prompts. MagCache needs one, with the rest of the plan attached, so that the
+    numbers belong to the network that will run. Use the scheduler and step count that will be used (other step counts
+    are derived from them).
 
     Args:
         pipe: a diffusers pipeline that is not accelerated.
-        plan: a `Plan`, or a section alone, such as ``StepCache(policy="mag")``.
+        plan: a `Plan`, or a section alone, such as ``StepCache(policy="mag")`` or ``Quantize(balance=0.5)``.
         prompts: prompts, or for pipelines that take no text the arguments of a call each, such as
             ``[{"class_labels": [3]}]``.
+        folder: where the measurement of channels is kept as it grows, one call at a time; with the same arguments, one
+            that was cut off goes on from there.
         **call: further arguments of every call, such as ``num_inference_steps``.
 
     Returns:
         The plan with artefacts and the key of this model.
 
     Raises:
-        PlanError: nothing in the plan needs calibration, no prompts, no pipeline, or one that is already accelerated.
+        PlanError: nothing in the plan needs calibration, no prompts, no pipeline, one that is already accelerated, or a
+            folder with another calibration.
         ModelError: no denoiser in ``pipe``.
     """
     plan = _as_plan(plan)
-    if not (isinstance(plan.caching, StepCache) and plan.caching.policy == "mag"):
-        raise PlanError('nothing in this plan needs calibration; StepCache(policy="mag") does')
+    cached = isinstance(plan.caching, StepCache) and plan.caching.policy == "mag"
+    quantized = [s for s in plan.quantization if isinstance(s, Quantize) and s.needs_calibration]
+    if not cached and not quantized:
+        raise PlanError(
+            "nothing in this plan needs calibration; StepCache(policy='mag') does, and Quantize with balance or protect"
+        )
     requests = _requests(prompts)
     if isinstance(pipe, nn.Module):
         raise PlanError(f"calibrate runs a pipeline, got the bare denoiser {type(pipe).__name__}; give its pipeline")
     key = plan_key(find_denoisers(pipe))
-    others = dataclasses.replace(plan, caching=None)
-    with accelerate(pipe, others) as accel, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=None)
+    found: dict[str, Tensor] = {}
+    if quantized:
+        settings = [key, [s.to_dict() for s in quantized], requests, call]
+        found |= _channels(pipe, quantized, requests, call, Checkpoint(folder, settings) if folder else None)
+        plan = dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}))
+    if cached:
+        found |= _ratios(pipe, dataclasses.replace(plan, caching=None), requests, call)
+    return dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}), key=key)
 
-        def show(now: Call, arguments: Mapping[str, Any], compute: Compute) -> None:
-            progress.update(task, total=len(requests) * (now.steps or 1), advance=1 if now.first_in_step else 0)
 
+def _channels(
+    pipe: Any,
+    sections: Sequence[Quantize],
+    requests: Sequence[Mapping[str, Any]],
+    call: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+) -> dict[str, Tensor]:
+    """What quantized linears need to know, measured on the unaccelerated pipeline."""
+    done, state = checkpoint.load() if checkpoint else (0, {})
+    with _watched(pipe, Plan(), len(requests) - done) as context, ExitStack() as hooks:
+        recorders = recorders_of(sections, context.denoisers)
+        for denoiser in context.denoisers:
+            if recorder := recorders.get(denoiser.component):
+                hooks.callback(recorder.remove)
+                recorder.merge(state)
+                context.root(denoiser).listeners.append(recorder.follow)
+        for i, request in enumerate(requests[done:], done + 1):
+            pipe(**{**call, **request})
+            if checkpoint:
+                checkpoint.save(i, {n: t for r in recorders.values() for n, t in r.state().items()})
+    return _found(pipe, recorders.values())
+
+
+def _ratios(
+    pipe: Any, others: Plan, requests: Sequence[Mapping[str, Any]], call: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """MagCache's ratios of the network that ``others`` make of the pipeline."""
+    with _watched(pipe, others, len(requests)) as context:
         recorders = []
-        for denoiser in accel._context.denoisers:
-            root = accel._context.root(denoiser)  # goes with the acceleration, and with it what is put there
+        for denoiser in context.denoisers:
             recorders.append(Recorder(denoiser))
-            root.wrappers.append(recorders[-1])
-            root.listeners.append(show)
-        with _quiet(pipe):
-            for request in requests:
-                pipe(**{**call, **request})
+            context.root(denoiser).wrappers.append(recorders[-1])
+        for request in requests:
+            pipe(**{**call, **request})
+    return _found(pipe, recorders)
+
+
+def _found(pipe: Any, recorders: Iterable[Recorder | ChannelRecorder]) -> dict[str, Tensor]:
     artefacts = {name: tensor for recorder in recorders for name, tensor in recorder.artefacts()}
     if not artefacts:
         raise PlanError(
             f"{type(pipe).__name__} never called its denoiser while calibrating; check the call's arguments"
         )
-    return dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **artefacts}), key=key)
+    return artefacts
+
+
+@contextmanager
+def _watched(pipe: Any, plan: Plan, runs: int) -> Iterator[Context]:
+    """The pipeline with ``plan`` and a progress bar of its steps over ``runs`` calls; gives what hooks go on.
+
+    Hooks on a root go with the acceleration.
+    """
+    with accelerate(pipe, plan) as accel, Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("calibrating", total=None)
+
+        def show(now: Call, arguments: Mapping[str, Any], compute: Compute) -> None:
+            progress.update(task, total=runs * (now.steps or 1), advance=1 if now.first_in_step else 0)
+
+        for denoiser in accel._context.denoisers:
+            accel._context.root(denoiser).listeners.append(show)
+        with _quiet(pipe):
+            yield accel._context
 
 
 @contextmanager
@@ -92,6 +161,8 @@ def _as_plan(plan: Plan | Section) -> Plan:
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Section):
+        if isinstance(plan, Quantize):
+            return Plan(quantization=plan)
         return Plan(caching=plan) if isinstance(plan, StepCache) else Plan()
     raise PlanError(f"calibrate needs a Plan or a section such as StepCache(policy='mag'), got {type(plan).__name__}")
 

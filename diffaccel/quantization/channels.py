@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.clock import Call
-from diffaccel.denoiser import Denoiser, Site
+from diffaccel.denoiser import Site
 from diffaccel.plan import Artefacts
 from diffaccel.quantization.protection import ConstantRows
 from diffaccel.quantization.rotation import block_size, hadamard, random_signs
@@ -159,8 +159,3 @@ class ChannelRecorder:
 
 def _width(site: Site) -> int:
     return int(site.module.in_features)  # type: ignore[arg-type]
-
-
-def of_component(sites: Sequence[Site], denoiser: Denoiser) -> list[Site]:
-    """Those that belong to ``denoiser``."""
-    return [site for site in sites if site.component == denoiser.component]
