@@ -46,6 +46,8 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     turn: int = 4,
     noise_floor: bool = False,
+    flops: bool = False,
+    load_seconds: float | None = None,
     progress: bool = True,
 ) -> Result:
     """Run a pipeline with each plan and without, and measure what each gains and costs.
@@ -74,6 +76,8 @@ def compare(
             flight. None: a temporary folder that lives as long as the result.
         turn: prompts per row before the next row's turn. More = less attaching and warming up, drift cancels less.
         noise_floor: add the reference with another thread count: the fidelity of a run that only rounds differently.
+        flops: count the operations of each row, in one more call of its first item that is not timed.
+        load_seconds: how long ``model`` took to load, to be reported beside the rest.
         progress: whether to show a bar.
 
     Raises:
@@ -106,6 +110,8 @@ def compare(
     processes = Processes.here()
     store = _open(folder, settings, processes)
     features = FeatureStore(store, sets)
+    if load_seconds is not None:
+        store.append(kind="load", seconds=load_seconds)
     if data is not None and processes.first:
         features.read_folder(data, progress=progress)
     jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
@@ -121,7 +127,9 @@ def compare(
     if noise_floor:
         variants.append(floor(steps))
     with progress_bar(progress and processes.first) as bar, quiet(pipe):
-        runner = Runner(pipe, calls, store, chosen, features, bar, total=len(variants) * len(own) * repeats)
+        runner = Runner(
+            pipe, calls, store, chosen, features, bar, total=len(variants) * len(own) * repeats, flops=flops
+        )
         automatic = FEWER_STEPS in controls and steps is not None
         turns = [own[i : i + turn] for i in range(0, len(own), turn)] or [[]]
         rounds = range(repeats)

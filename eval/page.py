@@ -18,7 +18,7 @@ from PIL import Image
 from diffaccel.errors import InputError
 from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.measures import FIDELITY
-from diffaccel.eval.result import Result, Row, score_text
+from diffaccel.eval.result import COSTS, Result, Row, cost_cells, score_text
 from diffaccel.eval.store import to_bytes
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -70,6 +70,8 @@ def write_page(
         rows=[_cells(row) for row in rows],
         measures=[name for name in _measures(result) if name != "psnr"],
         plot=_plot(result),
+        cost_names=COSTS,
+        costs=[(row.name, row.kind, cost_cells(row)) for row in rows],
         conditions=_conditions(result),
         notes=[*result.set_legends(), *result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes)],
         restored=result.restored,
@@ -139,4 +141,5 @@ def _conditions(result: Result) -> list[tuple[str, str]]:
         ("machine", f"{c.get('device')}, {c.get('dtype')}, {c.get('threads')} threads"),
         ("call", calls),
         ("versions", versions),
+        *([("loading", f"{result.load_seconds.median:.3g} s")] if result.load_seconds else []),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,24 @@ from diffaccel.eval.measures import FIDELITY, Score
 from diffaccel.eval.metrics.psnr import PSNR_CAP
 from diffaccel.eval.sets import SETS, SetScore
 from diffaccel.eval.store import Store
-from diffaccel.eval.timing import Ratio
+from diffaccel.eval.timing import Ratio, Spread
 
 _COLUMNS = ("steps", "loop\ns", "speed-up\n95 % interval", "PSNR dB\nmean / worst", "SSIM", "peak\nMiB", "model\nMiB")
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations that one call executed, a product of k terms counting 2 k, see `diffaccel.eval.flops`.
+
+    Attributes:
+        total: of the whole call.
+        denoiser: of the denoisers in it.
+        by_operator: of ``total``.
+    """
+
+    total: int
+    denoiser: int
+    by_operator: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,10 @@ class Row:
         model_bytes: of the denoisers' weights as they are while this row runs.
         attach_seconds: median seconds to put the acceleration on.
         notes: what a reader must know, such as fallbacks.
+        stages: seconds of ``text`` (what runs before the loop), ``loop``, ``step``, ``decode`` and the whole ``call``.
+        flops: operations of one call; None where they were not counted.
+        joules: energy of a call; None where nothing measures it.
+        reserved_bytes: on CUDA the most that torch held from the driver, what is cached included; else None.
         report: the acceleration's own report of its last turn, whose counts include the warm-up; ``{}`` where it makes
             none.
     """
@@ -65,6 +84,10 @@ class Row:
     notes: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
     sets: Mapping[str, SetScore] = field(default_factory=dict)
+    stages: Mapping[str, Spread] = field(default_factory=dict)
+    flops: Flops | None = None
+    joules: Spread | None = None
+    reserved_bytes: int | None = None
 
     @property
     def psnr(self) -> Score | None:
@@ -79,7 +102,12 @@ class Row:
         """JSON-ready."""
         scores = {name: score.to_dict() for name, score in self.scores.items()}
         sets = {name: score.to_dict() for name, score in self.sets.items()}
-        return {**self.__dict__, "speedup": self.speedup.to_dict(), "scores": scores, "sets": sets}
+        costs = {
+            "stages": {name: asdict(spread) for name, spread in self.stages.items()},
+            "flops": None if self.flops is None else asdict(self.flops),
+            "joules": None if self.joules is None else asdict(self.joules),
+        }
+        return {**self.__dict__, "speedup": self.speedup.to_dict(), "scores": scores, "sets": sets, **costs}
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class Result:
         restored: afterwards the pipeline gave the reference output to the bit.
         notes: about the comparison as a whole.
         store: the folder with the outputs.
+        load_seconds: of loading the pipeline, once a sitting; None where nobody told.
     """
 
     rows: tuple[Row, ...]
@@ -102,6 +131,7 @@ class Result:
     restored: bool
     notes: tuple[str, ...] = ()
     store: Store | None = field(default=None, repr=False, compare=False)
+    load_seconds: Spread | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -131,6 +161,7 @@ class Result:
             "conditions": dict(self.conditions),
             "restored": self.restored,
             "notes": list(self.notes),
+            "load_seconds": None if self.load_seconds is None else asdict(self.load_seconds),
         }
 
     def save(self, file: str | os.PathLike[str]) -> Path:
@@ -171,6 +202,16 @@ class Result:
                 ordered += [row, *(c for c in self.rows if row.name in c.control_of and c not in ordered)]
         return ordered + [row for row in self.rows if row not in ordered]
 
+    def costs(self) -> Table:
+        """Where each row's time goes, what it computes, and what it draws."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title="Medians of a call, in seconds")
+        table.add_column("", overflow="fold", min_width=9)
+        for name in COSTS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.in_order():
+            table.add_row(row.name, *cost_cells(row, p90=False), style=_style(row))
+        return table
+
     def set_legends(self) -> list[str]:
         """What each measure of whole rows is, of how many samples, and what its interval is worth."""
         found = {name: score for row in self.rows for name, score in row.sets.items()}
@@ -202,6 +243,23 @@ class Result:
         lines = [legend, *self.set_legends(), restored if self.restored else broken, *self.notes, *notes]
         tables = [table for table in (self.table(), self.quality()) if table is not None]
         return Group(*tables, *(Text(line, style="dim") for line in lines))
+
+
+COSTS = ("text", "step", "decode", "call", "operations", "denoiser's", "energy")
+
+
+def cost_cells(row: Row, *, p90: bool = True) -> tuple[str, ...]:
+    """The text below each of `COSTS`: medians in seconds, with the 90th percentile or without."""
+    stages = (row.stages.get(name) for name in COSTS[:4])
+    seconds = ("-" if s is None else f"{s.median:.3g}{f' / {s.p90:.3g}' if p90 else ''}" for s in stages)
+    counts = ("-", "-") if row.flops is None else (_with_prefix(row.flops.total), _with_prefix(row.flops.denoiser))
+    return (*seconds, *counts, "-" if row.joules is None else f"{row.joules.median:.3g} J")
+
+
+def _with_prefix(number: float) -> str:
+    """``16.4 G``."""
+    power = min(6, max(0, (len(str(int(number))) - 1) // 3))
+    return f"{number / 1000**power:.3g} {' kMGTPE'[power]}".rstrip()
 
 
 def _style(row: Row) -> str:

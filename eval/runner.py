@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
 from diffaccel.eval.feature_store import FeatureStore
+from diffaccel.eval.flops import count_flops
 from diffaccel.eval.generate import Job, generate
 from diffaccel.eval.measures import Chosen, text_of
 from diffaccel.eval.meter import metered
@@ -33,9 +34,10 @@ class Runner:
         features: FeatureStore,
         bar: Progress,
         total: int,
+        flops: bool,
     ) -> None:
         self._pipe, self._calls, self._store = pipe, calls, store
-        self._measures, self._features = measures, features
+        self._measures, self._features, self._flops = measures, features, flops
         self._bar = bar
         self._task = bar.add_task("comparing", total=total)
         self._turns = 0
@@ -60,7 +62,10 @@ class Runner:
         done = len(self._store.records("item"))
         total = max(done + len(pending), self._bar.tasks[0].total or 0)
         self._bar.update(self._task, completed=done, total=total, description=variant.name)
-        if not pending:
+        # On the first item, whoever runs it: the count is then the same for any number of processes.
+        counted = [j for j in jobs if j.index == 0 and not self._store.records("flops", row=variant.name)]
+        counted = counted if self._flops else []
+        if not pending and not counted:
             return
         calls = dict(self._calls)
         if variant.steps is not None:
@@ -69,13 +74,28 @@ class Runner:
         with variant.apply(self._pipe) as handle:
             attach_seconds = time.perf_counter() - started
             warm_up = calls if variant.steps is None else {**calls, "num_inference_steps": min(2, variant.steps)}
-            generate(self._pipe, pending[0], warm_up)
+            generate(self._pipe, (pending or counted)[0], warm_up)
             weights = sum(module_bytes(denoiser.module) for denoiser in find_denoisers(self._pipe))
             self._store.append(kind="row", row=variant.name, attach_seconds=attach_seconds, model_bytes=weights)
+            for job in counted:
+                self._count(variant, job, calls)
             for job in pending:
                 self._measure(variant, job, repeat, calls)
             if hasattr(handle, "report"):
                 self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
+
+    def _count(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> None:
+        """Operations of a call of its own, which is not timed."""
+        try:
+            found = count_flops(self._pipe, lambda: generate(self._pipe, job, calls))
+        except Exception as error:  # other people's tensors and operators may not bear being watched
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            self._store.append(kind="flops", row=variant.name, failed=f"{type(error).__name__}: {reason:.200}")
+            return
+        operators = dict(sorted(found.by_operator.items()))
+        uncounted = sorted(found.uncounted)
+        count = {"total": found.total, "denoiser": found.within, "by_operator": operators, "uncounted": uncounted}
+        self._store.append(kind="flops", row=variant.name, **count)
 
     def _measure(self, variant: Variant, job: Job, repeat: int, calls: Mapping[str, Any]) -> None:
         sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))

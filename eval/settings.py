@@ -24,6 +24,8 @@ from diffaccel.pipelines.tasks import check_arguments
 from diffaccel.plan import Plan
 
 FEWER_STEPS = "fewer steps"
+FORMAT = 2
+"""Of the run's folder: one of another format is refused."""
 _OURS = ("generator", "output_type", "return_dict")
 
 
@@ -99,6 +101,7 @@ class Request:
         """
         parameter = next(find_denoisers(self.pipe)[0].module.parameters())
         return {
+            "format": FORMAT,
             "pipeline": type(self.pipe).__name__,
             "components": {name: _component(c) for name, c in self.pipe.components.items() if c is not None},
             "plans": {name: _plan(plan) for name, plan in self.plans.items()},

@@ -10,10 +10,10 @@ import numpy as np
 
 from diffaccel.eval.generate import Job
 from diffaccel.eval.measures import Measure, Score, score
-from diffaccel.eval.result import Result, Row
+from diffaccel.eval.result import Flops, Result, Row
 from diffaccel.eval.sets import SetScore
 from diffaccel.eval.store import REFERENCE, Store
-from diffaccel.eval.timing import Ratio, nearest, speedup
+from diffaccel.eval.timing import Ratio, Spread, nearest, speedup
 
 
 class RowSpec(Protocol):
@@ -78,7 +78,37 @@ def result_of(
         notes.append("the run was interrupted and resumed")
     prompts = tuple(dict.fromkeys(job.label for job in jobs))
     seeds = tuple(dict.fromkeys(job.seed for job in jobs))
-    return Result(tuple(rows), prompts, seeds, conditions, restored, tuple(notes), store)
+    loads = _spread([r["seconds"] for r in store.records("load")])
+    return Result(tuple(rows), prompts, seeds, conditions, restored, tuple(notes), store, loads)
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread.of(values) if len(values) else None
+
+
+def _stages(items: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
+    """Where the time of a row's calls goes; a stage that none of them has is missing."""
+    found = {
+        "text": _spread([r["text_seconds"] for r in items]),
+        "loop": _spread([r["loop_seconds"] for r in items]),
+        "step": _spread([s for r in items for s in r["step_seconds"]]),
+        "decode": _spread([r["decode_seconds"] for r in items]),
+        "call": _spread([r["seconds"] for r in items]),
+    }
+    return {name: spread for name, spread in found.items() if spread is not None}
+
+
+def _flops(store: Store, row: str) -> tuple[Flops | None, list[str]]:
+    """The count, and what a reader must know of it."""
+    records = store.records("flops", row=row)
+    if not records:
+        return None, []
+    record = records[0]
+    if "failed" in record:
+        return None, [f"its operations could not be counted: {record['failed']}"]
+    unknown = record["uncounted"]
+    notes = [f"its count of operations lacks {', '.join(unknown)}, which has no formula"] if unknown else []
+    return Flops(record["total"], record["denoiser"], record["by_operator"]), notes
 
 
 def _loops(store: Store, name: str) -> dict[tuple[int, int], float]:
@@ -122,6 +152,9 @@ def _row(
     first = list(_first(store, variant.name).values())
     report: dict[str, Any] = next((r["report"] for r in reversed(store.records("report", row=variant.name))), {})
     notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
+    flops, more = _flops(store, variant.name)
+    notes += more
+    joules = [r["joules"] for r in items if r["joules"] is not None]
     digests = {r["item"]: r["digest"] for r in first}
     if any(r["digest"] != digests[r["item"]] for r in items):
         notes.append("its output differs from repeat to repeat")
@@ -141,4 +174,8 @@ def _row(
         attach_seconds=float(np.median([t["attach_seconds"] for t in turns])),
         notes=tuple(notes),
         report=report,
+        stages=_stages(items),
+        flops=flops,
+        joules=_spread(joules),
+        reserved_bytes=max((r["reserved_bytes"] for r in items if r["reserved_bytes"] is not None), default=None),
     )

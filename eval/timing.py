@@ -25,6 +25,25 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Samples of one duration (or energy) in short; the samples themselves stand in the records.
+
+    Attributes:
+        median, p90: of the samples, the 90th percentile being what one in ten exceeds.
+        samples: how many.
+    """
+
+    median: float
+    p90: float
+    samples: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(float(np.median(values)), float(np.quantile(values, 0.9)), len(values))
+
+
+@dataclass(frozen=True)
 class Ratio:
     """How many times faster, with a 95 % interval.
 

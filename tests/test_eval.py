@@ -139,7 +139,8 @@ class _FakeClock:
 
 def test_the_loop_is_timed_from_the_first_denoiser_call_to_the_last_scheduler_step(pixart, monkeypatch):
     clock = _FakeClock()
-    monkeypatch.setattr("diffaccel.eval.meter.time", SimpleNamespace(perf_counter=clock))
+    for module in ("meter", "stages"):
+        monkeypatch.setattr(f"diffaccel.eval.{module}.time", SimpleNamespace(perf_counter=clock))
     spent = {"text": 100.0, "denoiser": 10.0, "step": 1.0, "decode": 1000.0}
 
     def slowed(method, seconds):
@@ -158,6 +159,8 @@ def test_the_loop_is_timed_from_the_first_denoiser_call_to_the_last_scheduler_st
     assert cost.steps == cost.denoiser_calls == 4
     assert cost.loop_seconds == 44
     assert cost.seconds >= 1144  # text may be encoded in one call or two
+    assert cost.text_seconds == cost.seconds - 1044 and cost.decode_seconds == 1000
+    assert cost.step_seconds == (11, 11, 11, 11)
     assert cost.peak_bytes > 10 << 20
 
 
@@ -166,7 +169,9 @@ def test_the_meter_leaves_nothing_behind(pixart):
         modules = [
             (dict(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in pixart.transformer.modules()
         ]
-        return [(sorted(d), a, b) for d, a, b in modules], sorted(pixart.scheduler.__dict__)
+        others = [pixart.scheduler, pixart.vae, pixart.text_encoder]
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in others[1:]]
+        return [(sorted(d), a, b) for d, a, b in modules], [sorted(o.__dict__) for o in others], hooks
 
     before = state()
     metered(pixart, lambda: generate(pixart, Job(0, "a red circle", 0), _calls(num_inference_steps=2)))

@@ -37,6 +37,15 @@ Against = Annotated[
     Path | None,
     typer.Option(help="Folder of pictures (or clips) that fid, cmmd and fvd compare with; default: the reference's."),
 ]
+NoiseFloor = Annotated[
+    bool,
+    typer.Option(
+        "--noise-floor", help="Add the reference with another thread count: what differs when only rounding does."
+    ),
+]
+Details = Annotated[
+    bool, typer.Option("--details", help="Print where the time goes, operations and energy too; the report has them.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs to stdout.")]
 
 

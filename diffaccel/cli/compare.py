@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,13 @@ import typer
 
 from diffaccel.cli.arguments import (
     Against,
+    Details,
     Device,
     Dtype,
     Json,
     Measures,
     Model,
+    NoiseFloor,
     call_arguments,
     chosen_prompts,
     read_plan,
@@ -31,6 +34,8 @@ diffaccel compare -m bundled:video --plan balanced --plan fast -n 16 -o out/comp
 diffaccel compare --plan fast --peer first-block-cache=0.12 --peer cache-dit --peer torch-compile
 
 diffaccel compare --plan balanced --plan fast -n 160 --measure clip --measure fid
+
+diffaccel compare --plan fast --noise-floor --flops --details
 
 diffaccel compare -m ./my-pipeline --prompts prompts.txt --plan plans/mine --steps 30 --json > result.json
 """
@@ -54,11 +59,16 @@ def compare(
     measure: Measures = None,
     against: Against = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often every item is timed.")] = 1,
+    noise_floor: NoiseFloor = False,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Count the operations of each row, in one more call of the first item.")
+    ] = False,
     output: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the comparison; a run that was interrupted goes on there.")
     ] = Path("out/compare"),
     device: Device = None,
     dtype: Dtype = None,
+    details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline with and without plans; print a table and draw pictures.
@@ -83,7 +93,9 @@ def compare(
     from diffaccel.eval.store import slug
     from diffaccel.pipelines.loading import load
 
+    started = time.perf_counter()
     wrapped = load(model, device=device, dtype=dtype)
+    loaded = time.perf_counter() - started
     result = run(
         wrapped,
         chosen,
@@ -93,6 +105,9 @@ def compare(
         repeats=repeats,
         measures=measure or (),
         against=against,
+        noise_floor=noise_floor,
+        flops=flops,
+        load_seconds=loaded,
         peers=peer or (),
         folder=output,
         progress=err.is_terminal,
@@ -108,5 +123,7 @@ def compare(
         print_json(result.to_dict())
     else:
         out.print(result)
+        if details:
+            out.print(result.costs())
     for picture in pictures:
         note(f"wrote {picture}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,13 @@ import typer
 
 from diffaccel.cli.arguments import (
     Against,
+    Details,
     Device,
     Dtype,
     Json,
     Measures,
     Model,
+    NoiseFloor,
     call_arguments,
     chosen_prompts,
     read_plan,
@@ -27,6 +30,8 @@ EXAMPLES = """
 diffaccel eval --plan balanced
 
 diffaccel eval -m bundled:video --plan fast --measure adherence -n 64 --seeds 2 -o out/eval-video
+
+diffaccel eval --plan fast --noise-floor --details
 
 accelerate launch --num_processes 4 -m diffaccel.cli eval -m ./my-pipeline --plan fast -n 1000
 
@@ -55,11 +60,16 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     size: Annotated[str | None, typer.Option(help="One side, or WIDTHxHEIGHT.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video.")] = None,
+    noise_floor: NoiseFloor = False,
+    flops: Annotated[
+        bool, typer.Option(help="Count the operations of each row, in one more call of the first item.")
+    ] = True,
     output: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the run; one that was interrupted goes on there.")
     ] = Path("out/eval"),
     device: Device = None,
     dtype: Dtype = None,
+    details: Details = False,
     as_json: Json = False,
 ) -> None:
     """Run a pipeline with a plan and without on many prompts; report speed, memory, fidelity and quality.
@@ -80,7 +90,9 @@ def evaluate(
     from diffaccel.pipelines.loading import load
 
     required = parse_requirements(require, measure or (), against=against is not None) if require is not None else []
+    started = time.perf_counter()
     wrapped = load(model, device=device, dtype=dtype)
+    loaded = time.perf_counter() - started
     result = compare(
         wrapped,
         {"plan": chosen},
@@ -90,6 +102,9 @@ def evaluate(
         controls=(),
         measures=measure or (),
         against=against,
+        noise_floor=noise_floor,
+        flops=flops,
+        load_seconds=loaded,
         folder=output,
         progress=err.is_terminal,
     )
@@ -102,6 +117,8 @@ def evaluate(
         print_json({**result.to_dict(), "requirements": requirements})
     else:
         out.print(result)
+        if details:
+            out.print(result.costs())
         for verdict in verdicts:
             out.print(str(verdict), style="green" if verdict.holds else "bold red", highlight=False)
     note(f"wrote {write_page(result, output / 'report.html')} and result.json; every sample is in {output / 'outputs'}")
