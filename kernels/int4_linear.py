@@ -103,8 +103,8 @@ def _int4_linear(
         and up is not None
         and (down.shape != (up.shape[-1], K) or up.shape[:-1] != (N,) or {down.dtype, up.dtype} != {x.dtype})
     ):
-        got = [(t.dtype, tuple(t.shape)) for t in (down, up)]
-        raise ValueError(f"expected low_rank [R, {K}] and [{N}, R] in {x.dtype}, got {got}")
+        pair = [(t.dtype, tuple(t.shape)) for t in (down, up)]
+        raise ValueError(f"expected low_rank [R, {K}] and [{N}, R] in {x.dtype}, got {pair}")
     if activations not in ACTIVATIONS:
         raise ValueError(f"expected activations to be one of {ACTIVATIONS}, got {activations!r}")
     names = _paths(x.device, activations, x.dtype)
@@ -136,8 +136,8 @@ class Planes(NamedTuple):
 
     def channels(self, part: slice, columns: int) -> Tensor:
         """Codes of some channels, int8 [n, K]."""
-        nibbles, multiplier, low = (t if t is None else t[part] for t in (self.nibbles, self.multiplier, self.low))
-        return unpack(nibbles, multiplier, columns, self.group, low)
+        multiplier, low = (t if t is None else t[part] for t in (self.multiplier, self.low))
+        return unpack(self.nibbles[part], multiplier, columns, self.group, low)
 
 
 LowRank = tuple[Tensor, Tensor] | None  # reduced [M, R] = x down^T, and up [N, R]
@@ -261,9 +261,10 @@ def _resolve(x: Tensor, weight: Planes, activations: str, paths: tuple[str, ...]
 def _trial(M: int, N: int, like: Tensor, weight: Planes, activations: str, names: list[str]) -> Trial:
     """Gaussian data, half of it one-signed or nearly constant: the pattern that saturates."""
     x, dense = saturating_data(M, like.shape[1], N, like.device)
-    x, packed = x.to(like.dtype), quantize_int4(dense, weight.group)
+    packed: Int4Weight | NestedWeight = quantize_int4(dense, weight.group)
     if weight.low is not None:
         packed = quantize_nested(dense, weight.group or 64)
+    x = x.to(like.dtype)
     planes = _planes(packed)
     check = torch.arange(0, M, max(1, M // 64), device=like.device)  # the reference in float64 is slow
     bits = activation_bits(like.device)

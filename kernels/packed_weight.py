@@ -16,7 +16,7 @@ bit, the first alone is an `Int4Weight`, so a plan that changes the bit-width ov
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ class Int4Weight:
 
     def to(self, device: torch.device | str) -> Int4Weight:
         """The same on ``device``."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        return int4_from({name: tensor.to(device) for name, tensor in self.tensors().items()}, self.columns, self.group)
 
 
 @dataclass(frozen=True, eq=False)
