@@ -1,23 +1,21 @@
-"""Step caching on the denoiser's root: one decision per step, one memory per branch."""
+"""Puts step caching on every denoiser, and takes it off again."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from diffaccel.caching.forecast import Forecast
-from diffaccel.caching.policies import EasyCache, MagCache, Policy
+from diffaccel.caching.policies import Change, EasyCache, Interval, MagCache, Policy, SeaCache
 from diffaccel.caching.ratios import Ratios, ratios_of
+from diffaccel.caching.root import CachedRoot
 from diffaccel.caching.section import StepCache
-from diffaccel.caching.tensors import latent_tensors
-from diffaccel.clock import Call
+from diffaccel.caching.stack import Stack
 from diffaccel.errors import PlanError
 from diffaccel.report import TechniqueReport
-from diffaccel.root import Compute
 from diffaccel.technique import Context
 
 
@@ -54,120 +52,57 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
 
 def attach(resolved: Resolved, context: Context) -> AttachedCache:
     """Put a cache on every denoiser's root."""
-    caches = {}
+    section, caches = resolved.section, {}
     for denoiser in context.denoisers:
-        cache = CachedRoot(resolved.section, resolved.ratios[denoiser.component])
+        stack = None
+        if section.granularity == "stack":
+            stack = Stack(denoiser, section.front, section.back, section.forecast)
+            stack.install(context)
+        policy = partial(_policy, section, resolved.ratios[denoiser.component], noise_level(context.pipeline))
+        cache = CachedRoot(section, policy, stack)
         wrappers = context.root(denoiser).wrappers
         context.undo.callback(wrappers.remove, cache)
         wrappers.append(cache)
         caches[denoiser.component] = cache
-    return AttachedCache(resolved.section, caches)
+    return AttachedCache(section, caches)
 
 
-class CachedRoot:
-    """Runs around every call of one denoiser.
+def _policy(
+    section: StepCache, ratios: Mapping[str, Ratios], noise: Callable[[float], float], branch: str
+) -> tuple[Policy, str | None]:
+    """The policy of a branch in a new run, and what a user should know about it."""
+    if section.policy == "easy":
+        return EasyCache(section.threshold), None
+    if section.policy == "sea":
+        return SeaCache(section.threshold, noise), None
+    if section.policy == "first-block":
+        return Change(section.threshold), None
+    if section.policy == "interval":
+        return Interval(), None
+    if branch in ratios:
+        return MagCache(section.threshold, ratios[branch]), None
+    if not ratios:
+        return MagCache(section.threshold, None), "no ratios were calibrated for this denoiser: nothing is skipped"
+    used, others = next(iter(ratios.items()))
+    return MagCache(
+        section.threshold, others
+    ), f"no ratios were calibrated for branch {branch}; those of {used} are used"
 
-    The call that comes first in a step decides for the step; the other branches follow where they can. A denoiser's
-    first call in a run is always computed, also where it takes over in the middle of a trajectory (Wan 2.2).
-    """
 
-    def __init__(self, section: StepCache, ratios: Mapping[str, Ratios]) -> None:
-        self._section = section
-        self._ratios = ratios
-        self._notes: dict[str, None] = {}  # a set in order
-        self._idle: str | None = None  # why the last run was left alone
-        self.computed = self.reused = 0
-        self.computed_steps: list[int] = []
-        self._begin(None)
+def noise_level(pipeline: Any) -> Callable[[float], float]:
+    """Timestep -> share of noise in the latents, in [0, 1]: a flow's timestep itself, else by the noise schedule."""
 
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know; why a run was left alone holds for the last run, as ``computed_steps`` does."""
-        return [*self._notes, *([self._idle] if self._idle else [])]
+    def level(timestep: float) -> float:
+        scheduler = getattr(pipeline, "scheduler", None)
+        config = getattr(scheduler, "config", None) or {}
+        last = config.get("num_train_timesteps") or 1000
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        if alphas is None or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+            return timestep / last
+        kept = float(alphas[min(max(round(timestep), 0), len(alphas) - 1)])
+        return (1 - kept) ** 0.5 / ((1 - kept) ** 0.5 + kept**0.5)
 
-    def _begin(self, run: int | None) -> None:
-        self._run = run
-        self._step = -1
-        self._skip = False
-        self._skips = 0
-        self._memories: dict[str, Forecast] = {}
-        self._policies: dict[str, Policy] = {}
-
-    def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
-        if call.run != self._run or call.step < self._step:
-            self._begin(call.run)
-            self.computed_steps = []
-            self._idle = None
-        latents = latent_tensors(arguments)
-        if reason := self._never(call, latents):
-            self._idle = reason
-            return self._computed(call, compute)
-        copies = self._section.policy == "easy" or self._section.forecast == "residual"
-        inputs = [x.detach().clone() for x in latents] if copies else latents
-        at = call.timestep if call.timestep is not None else float(call.step)
-        memory = self._memories.get(call.branch)
-        if memory is None or not memory.fits(inputs):  # new, or another size in the middle of a run
-            memory = self._memories[call.branch] = Forecast(self._section.forecast)
-            self._policies.pop(call.branch, None)
-        policy = None
-        if call.step != self._step:
-            self._step = call.step
-            policy = self._policies.setdefault(call.branch, self._policy(call.branch))
-            policy.look(inputs, at)
-            self._skip = not memory.empty and self._free(call) and policy.skip()
-            self._skips = self._skips + 1 if self._skip else 0
-        if self._skip and not memory.empty:
-            self.reused += 1
-            return memory(inputs, at)
-        output = self._computed(call, compute)
-        if not memory.record(inputs, output, at):
-            self._notes["the denoiser's output holds no floating tensor: nothing is cached"] = None
-        elif policy is not None:
-            policy.learn(memory.outputs)
-        return output
-
-    def _computed(self, call: Call, compute: Compute) -> Any:
-        try:
-            output = compute()
-        except BaseException:
-            self._begin(None)
-            raise
-        self.computed += 1
-        if self.computed_steps[-1:] != [call.step]:
-            self.computed_steps.append(call.step)
-        return output
-
-    def _never(self, call: Call, latents: list[Tensor]) -> str | None:
-        """Why no call of this run can be skipped, or None."""
-        if not latents:
-            return "no argument of the denoiser holds floating latents: nothing is cached"
-        if call.steps is not None and call.steps < self._section.min_steps:
-            return f"a schedule of {call.steps} steps was left alone (min_steps is {self._section.min_steps})"
-        if call.steps is None and call.timestep is None:
-            return (
-                "where the loop stands is unknown: call accel.clock.start(steps) before and advance() after each step"
-            )
-        return None
-
-    def _free(self, call: Call) -> bool:
-        """Whether the plan lets this step be skipped."""
-        s = self._section
-        if self._skips >= s.max_skips:
-            return False
-        if call.steps is None:
-            return call.progress >= s.protect_first
-        return math.ceil(s.protect_first * call.steps) <= call.step < call.steps - s.protect_last
-
-    def _policy(self, branch: str) -> Policy:
-        if self._section.policy == "easy":
-            return EasyCache(self._section.threshold)
-        ratios = self._ratios.get(branch)
-        if ratios is None and self._ratios:
-            used, ratios = next(iter(self._ratios.items()))
-            self._notes[f"no ratios were calibrated for branch {branch}; those of {used} are used"] = None
-        elif ratios is None:
-            self._notes["no ratios were calibrated for this denoiser: nothing is skipped"] = None
-        return MagCache(self._section.threshold, ratios)
+    return level
 
 
 class AttachedCache:
@@ -182,12 +117,18 @@ class AttachedCache:
         several = len(self._caches) > 1
         return TechniqueReport(
             "caching",
-            f"policy {s.policy}, threshold {s.threshold:g}, forecast {s.forecast}",
+            f"policy {s.policy}, threshold {s.threshold:g}, forecast {s.forecast}"
+            + (
+                f", in the block stack ({s.front} blocks before it, {s.back} behind)"
+                if s.granularity == "stack"
+                else ""
+            ),
             sites=len(self._caches),
             facts={
                 "policy": s.policy,
                 "computed": sum(c.computed for c in self._caches.values()),
                 "reused": sum(c.reused for c in self._caches.values()),
+                "cache_bytes": sum(c.nbytes for c in self._caches.values()),
                 "steps_computed": {name: c.computed_steps for name, c in self._caches.items()},  # of the last run
             },
             notes=[f"{name}: {n}" if several else n for name, c in self._caches.items() for n in c.notes],

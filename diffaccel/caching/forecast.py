@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
 from diffaccel.caching.tensors import add_leading, alike, output_like, output_tensors, partners, skeleton
 
-_DEPTH = {"hold": 1, "residual": 1, "linear": 2, "trend": 3}
+_DEPTH = {"hold": 1, "residual": 1, "linear": 2, "quadratic": 3, "trend": 3}
 
 
 class Forecast:
@@ -19,6 +20,7 @@ class Forecast:
     - ``hold``: v_1
     - ``residual``: x + (v_1 - x_1)
     - ``linear``: v_1 + (v_1 - v_0) * (t - t_1) / (t_1 - t_0)
+    - ``quadratic``: the parabola through v_-1, v_0 and v_1 over the timestep
     - ``trend``: the same with the slope scaled by b in [0, 1], the share of v_1 - v_0 that the line through v_-1 and
       v_0 would have foretold (least squares, per sample). Where outputs turn, b is near 0 and the last one is held.
 
@@ -41,6 +43,12 @@ class Forecast:
     @property
     def empty(self) -> bool:
         return not self._history
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept."""
+        kept = [v for _, outputs in self._history for v in outputs] + (self._inputs if self._kind == "residual" else [])
+        return sum(x.nbytes for x in kept)
 
     def record(self, inputs: list[Tensor], output: Any, at: float) -> bool:
         """Remember a computed call at timestep ``at``; ``inputs`` are kept and must not change.
@@ -76,7 +84,9 @@ class Forecast:
         if self._kind == "residual" and partner is not None:
             difference = add_leading(last, self._inputs[partner], -1)
             return add_leading(difference, inputs[partner], 1).to(last.dtype)
-        if self._kind == "linear" or self._share is not None:
+        if self._kind == "quadratic" and len(self._history) == 3:
+            return self._parabola(i, at).to(last.dtype)
+        if self._kind in ("linear", "quadratic") or self._share is not None:
             rise = self._rise(i, at)
             if rise is not None:
                 return (last.float() + (rise if self._share is None else self._share[i] * rise)).to(last.dtype)
@@ -88,6 +98,17 @@ class Forecast:
             return None
         (t0, before), (t1, last) = self._history[-2:]
         return (last[i].float() - before[i].float()) * ((at - t1) / (t1 - t0))
+
+    def _parabola(self, i: int, at: float) -> Tensor:
+        """Output ``i`` at ``at`` by Lagrange's polynomial through the last three."""
+        times = [t for t, _ in self._history]
+        total: Tensor | None = None
+        for t, outputs in self._history:
+            weight = math.prod((at - other) / (t - other) for other in times if other != t)
+            part = outputs[i].float() * weight
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def _foretold(self, at: float, outputs: list[Tensor]) -> list[Tensor] | None:
         """b of each output as it is computed at ``at``, broadcastable over it; None while there is no line."""

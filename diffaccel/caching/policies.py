@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -86,6 +87,85 @@ class MagCache:
 
     def learn(self, outputs: list[Tensor]) -> None:
         self._ratio, self._error = 1.0, 0.0
+
+
+class Change:
+    """Skip while what is looked at differs from what it was at the last computed step by at most the threshold.
+
+    The distance is mean|a - b| / mean|b|. Looking at what the first block adds, this is FirstBlockCache (as in
+    ParaAttention and diffusers) and, with more blocks, DBCache of cache-dit. Reads one scalar from the device.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._now: list[Tensor] = []
+        self._computed: list[Tensor] | None = None
+
+    def look(self, inputs: list[Tensor], at: float) -> None:
+        self._now = inputs
+
+    def skip(self) -> bool:
+        if self._computed is None:
+            return False
+        return bool(mean_abs_difference(self._now, self._computed) / mean_abs(self._computed) <= self._threshold)
+
+    def learn(self, outputs: list[Tensor]) -> None:
+        self._computed = self._now
+
+
+class Interval:
+    """Skip every step that may be skipped: a fixed interval, as FORA (arXiv:2407.01425) and TaylorSeer have."""
+
+    def look(self, inputs: list[Tensor], at: float) -> None:
+        """It needs none."""
+
+    def skip(self) -> bool:
+        return True
+
+    def learn(self, outputs: list[Tensor]) -> None:
+        """It needs none."""
+
+
+class SeaCache:
+    """Skip while the filtered latents have moved by less than the threshold in all (arXiv:2602.18993, sec. 3).
+
+    The filter keeps of each frequency f what of the latents is signal rather than noise, by a prior of clean power
+    1 / f^p per axis: g = (1 - s) / ((1 - s)^2 + s^2 f^p) with the noise level s, scaled to a mean of 1. The distance of
+    neighbouring steps, mean|a - b| / mean|b|, adds up until a step is computed. Reads one scalar from the device.
+
+    Args:
+        threshold: of the accumulated distance.
+        noise: timestep -> noise level in [0, 1].
+        power: p.
+    """
+
+    def __init__(self, threshold: float, noise: Callable[[float], float], power: float = 3.0) -> None:
+        self._threshold, self._noise, self._power = threshold, noise, power
+        self._filtered: list[Tensor] = []
+        self._moved: Tensor | None = None
+
+    def look(self, inputs: list[Tensor], at: float) -> None:
+        level = min(max(self._noise(at), 1e-6), 1 - 1e-6)
+        now = [self._filter(x, level) for x in inputs]
+        if self._moved is not None and len(now) == len(self._filtered):
+            self._moved = self._moved + mean_abs_difference(now, self._filtered) / mean_abs(self._filtered)
+        self._filtered = now
+
+    def skip(self) -> bool:
+        return self._moved is not None and bool(self._moved < self._threshold)
+
+    def learn(self, outputs: list[Tensor]) -> None:
+        self._moved = torch.zeros((), device=outputs[0].device)
+
+    def _filter(self, x: Tensor, level: float) -> Tensor:
+        """``x`` [B, C, (F,) H, W], or tokens [B, N, C], whose axes are then the tokens alone."""
+        axes = tuple(range(2, x.ndim)) if x.ndim > 3 else (1,)
+        gain = torch.ones((), device=x.device)
+        for axis in axes:
+            frequency = torch.fft.fftfreq(x.shape[axis], device=x.device).abs().pow(self._power)
+            g = (1 - level) / ((1 - level) ** 2 + level**2 * (frequency + 1e-16))
+            gain = gain * g.view([-1 if d == axis else 1 for d in range(x.ndim)])
+        return torch.fft.ifftn(torch.fft.fftn(x.float(), dim=axes) * (gain / gain.mean()), dim=axes).real
 
 
 def mean_abs(tensors: list[Tensor]) -> Tensor:
