@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,7 +57,8 @@ class Checkpoint:
 
     Args:
         folder: made if missing.
-        settings: JSON-ready; whatever decides what is measured.
+        settings: whatever decides what is measured; what JSON cannot hold counts by its type, tensors and generators by
+            their contents.
 
     Raises:
         PlanError: the folder cannot be used, or holds another calibration.
@@ -64,7 +66,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str], settings: Any) -> None:
         self._file = Path(folder) / "calibration.safetensors"
-        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()
+        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode()).hexdigest()
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,3 +94,13 @@ class Checkpoint:
         partial = self._file.with_suffix(".partial")
         save_file({n: t.contiguous() for n, t in state.items()}, partial, {"digest": self._digest, "done": str(done)})
         os.replace(partial, self._file)
+
+
+def _plain(value: Any) -> list[Any]:
+    """What stands for a value that JSON cannot hold, the same in another process."""
+    if isinstance(value, torch.Generator):
+        value = value.get_state()
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
+    return [type(value).__name__]

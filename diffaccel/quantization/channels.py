@@ -1,8 +1,8 @@
-"""What calibration measures at every linear: how large each input channel gets, by part of the schedule.
+"""What calibration measures at every linear: the mean square of each input channel, by part of the schedule.
 
-Maxima decide the balance of channels (see `conditioning`), mean squares how much an error in a column of the weight
-matters, and rows of the text that never change can be protected (see `protection`). Everything is streamed: nothing
-grows with the number of prompts or tokens, and measurements of several runs merge in any order.
+It decides the balance of channels (see `conditioning`) and how much an error in a column of the weight matters; rows of
+the text that never change can be protected (see `protection`). Everything is streamed: nothing grows with the number
+of prompts or tokens, and measurements of several runs merge in any order.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ class Channels:
     """What a plan's artefacts hold of one site.
 
     Attributes:
-        squares: mean square of each input channel, [K].
         constant: leading rows of the text that never change and outlie the others, [P, K]; None where there are none.
     """
 
     def __init__(self, artefacts: Artefacts, site: Site) -> None:
         self._artefacts, self._name = artefacts, f"{PREFIX}.{site.full_name}"
-        self.squares = artefacts[f"{self._name}.squares"]
         self.constant = artefacts.get(f"{self._name}.constant")
 
-    def maxima(self, ranges: Sequence[Steps], *, rotated: bool = False) -> Tensor:
-        """max|x| of each input channel over ranges of progress, [K]; over all where nothing was measured there.
+    def squares(self, ranges: Sequence[Steps], *, rotated: bool = False) -> Tensor:
+        """Mean square of each input channel over ranges of progress, [K]; over all where nothing was measured there.
 
         Args:
             rotated: of the rotated input.
         """
-        table = self._artefacts[f"{self._name}.{'rotated' if rotated else 'maxima'}"]
-        rows = [i for i in range(len(table)) if any(i < b * RANGES and (i + 1) > a * RANGES for a, b in ranges)]
-        found = table[rows].amax(0)
-        return found if bool(found.any()) else table.amax(0)
+        table = self._artefacts[f"{self._name}.{'rotated' if rotated else 'squares'}"]
+        seen = self._artefacts[f"{self._name}.seen"]
+        rows = [i for i in range(RANGES) if any(i < b * RANGES and (i + 1) > a * RANGES for a, b in ranges)]
+        chosen = [i for i in rows if seen[i]] or [i for i in range(RANGES) if seen[i]]
+        return table[chosen].mean(0)
 
     @property
     def rotated(self) -> bool:
@@ -70,13 +69,13 @@ class ChannelRecorder:
     """
 
     def __init__(self, sites: Sequence[Site], rotated: set[Site], text: set[Site]) -> None:
-        self._sites = sites
+        self._names = [site.full_name for site in sites]
         self._row = 0
         self._run = -1
-        self._tables: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Tensor] = {}  # float64 [RANGES, K], by site and kind
+        self._counts: dict[str, Tensor] = {}  # int64 [RANGES]
         self._rows = {site.full_name: ConstantRows() for site in text}
-        self._rotated = {s.full_name for s in rotated if block_size(_width(s)) is not None}
+        self._rotated = {s.full_name for s in rotated if block_size(int(s.module.in_features)) is not None}  # type: ignore[arg-type]
         self._handles = [site.module.register_forward_pre_hook(self._hook(site.full_name)) for site in sites]
 
     def follow(self, call: Call, arguments: Mapping[str, Any], compute: Any) -> None:
@@ -94,32 +93,32 @@ class ChannelRecorder:
 
     def state(self) -> dict[str, Tensor]:
         """Everything measured so far, by name; what `merge` takes."""
-        state = {f"{PREFIX}.{name}": tensor.cpu() for name, tensor in self._tables.items()}
-        state |= {f"{PREFIX}.{name}.count": torch.tensor(count) for name, count in self._counts.items()}
+        state = {f"{PREFIX}.{name}": tensor.cpu() for name, tensor in self._sums.items()}
+        state |= {f"{PREFIX}.{name}.counts": counts for name, counts in self._counts.items()}
         for name, rows in self._rows.items():
             state |= {f"{PREFIX}.{name}.{key}": value for key, value in rows.state().items()}
         return state
 
     def merge(self, state: Mapping[str, Tensor]) -> None:
         """Take in what another recorder of the same sites measured."""
-        for site in self._sites:
-            name = f"{PREFIX}.{site.full_name}"
-            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            if "count" not in own:
-                continue
-            for kind in ("maxima", "rotated"):
+        for site in self._names:
+            name = f"{PREFIX}.{site}."
+            own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+            for kind in ("squares", "rotated"):
                 if kind in own:
-                    self._raise(f"{site.full_name}.{kind}", own[kind])
-            self._add(site.full_name, own["squares"], int(own["count"]))
-            if site.full_name in self._rows:
-                self._rows[site.full_name].merge(own)
+                    self._add(f"{site}.{kind}", own[kind])
+            if "counts" in own:
+                self._counts[site] = self._counts.get(site, 0) + own["counts"]
+            if site in self._rows:
+                self._rows[site].merge(own)
 
     def artefacts(self) -> Iterator[tuple[str, Tensor]]:
         """Named tensors for the plan, see `Channels`."""
-        for name, tensor in self._tables.items():
-            site, _, kind = name.rpartition(".")
-            value = tensor / self._counts[site] if kind == "squares" else tensor
-            yield f"{PREFIX}.{name}", value.cpu()
+        for name, sums in self._sums.items():
+            counts = self._counts[name.rpartition(".")[0]]
+            yield f"{PREFIX}.{name}", (sums.cpu() / counts.clamp(min=1)[:, None]).float()
+        for name, counts in self._counts.items():
+            yield f"{PREFIX}.{name}.seen", counts > 0
         for name, rows in self._rows.items():
             constant = rows.found()
             if constant is not None:
@@ -133,29 +132,21 @@ class ChannelRecorder:
             if name in self._rows:
                 self._rows[name].see(x)
             values = x.reshape(-1, x.shape[-1]).float()
-            self._note(f"{name}.maxima", values)
+            self._note(f"{name}.squares", values)
             if name in self._rotated:
                 turned = hadamard(values * random_signs(values.shape[-1], values.device))
                 self._note(f"{name}.rotated", turned)
-            self._add(name, values.square().sum(0), len(values))
+            counts = torch.zeros(RANGES, dtype=torch.int64)
+            counts[self._row] = len(values)
+            self._counts[name] = self._counts.get(name, 0) + counts
 
         return look
 
     def _note(self, name: str, values: Tensor) -> None:
-        table = values.new_zeros(RANGES, values.shape[1])
-        # Two reductions write nothing; abs().amax() writes as much as it reads.
-        table[self._row] = torch.maximum(values.amax(0), -values.amin(0))
-        self._raise(name, table)
+        table = values.new_zeros(RANGES, values.shape[1], dtype=torch.float64)
+        table[self._row] = values.square().sum(0)
+        self._add(name, table)
 
-    def _raise(self, name: str, table: Tensor) -> None:
-        known = self._tables.get(name)
-        self._tables[name] = table if known is None else torch.maximum(known, table.to(known))
-
-    def _add(self, name: str, squares: Tensor, count: int) -> None:
-        known = self._tables.get(f"{name}.squares")
-        self._tables[f"{name}.squares"] = squares if known is None else known + squares.to(known)
-        self._counts[name] = self._counts.get(name, 0) + count
-
-
-def _width(site: Site) -> int:
-    return int(site.module.in_features)  # type: ignore[arg-type]
+    def _add(self, name: str, table: Tensor) -> None:
+        known = self._sums.get(name)
+        self._sums[name] = table if known is None else known + table.to(known)

@@ -3,11 +3,19 @@
 With m [K] a multiplier for each input channel and H an orthogonal matrix, x W^T = ((x m) H) ((W / m) H)^T; and with
 a low-rank part L of the conditioned weight, x' W'^T = x' L^T + x' (W' - L)^T, of which only the last is rounded.
 
-Balancing: s_k = max|x_k|^alpha / max|w_k|^(1 - alpha) and m = 1 / s (SmoothQuant, arXiv:2211.10438, eq. 4), so alpha is
-the share of the range that goes into the weight; ViDiT-Q (arXiv:2406.02540) calls this the static part of its channel
-balance, and its newer code means 1 - alpha by alpha. Here m is rounded to powers of two, the largest 1: multiplying
-with it is then exact in every dtype, and no half-precision activation grows beyond its range. Channels that are always
-zero, in the activations or in the weight, take the middle of the others.
+Balancing: s_k = a_k^alpha / w_k^(1 - alpha) and m = 1 / s (SmoothQuant, arXiv:2211.10438, eq. 4), so alpha is the share
+of the range that goes into the weight; ViDiT-Q (arXiv:2406.02540) calls this the static part of its channel balance,
+and its newer code means 1 - alpha by alpha. There a and w are the largest magnitudes of a channel, here they are root
+mean squares: rounding leaves an error in proportion to (sum of m^2 a^2) (sum of w^2 / m^2), which alpha = 0.5 makes
+least. SQNR of the bundled image denoiser's output in dB, no balance, then alpha 0.3, 0.5, 0.7:
+
+                maxima                 root mean squares
+    W8A8        39.3  38.0 39.0 39.2   39.2 39.6 38.3        with rotation: 41.8, maxima 41.5, mean squares 42.4
+    W4A16 g64   23.5  22.7 22.7 22.0   23.3 22.8 21.2        with rotation: 23.6, maxima 23.5, mean squares 23.8
+
+(multipliers that are powers of two, so that x m is exact, cost a further 0.7 to 1.3 dB). The largest m is 1: no
+half-precision activation grows beyond its range. Channels that are always zero, in the activations or in the weight,
+take the middle of the others.
 """
 
 from __future__ import annotations
@@ -19,27 +27,27 @@ from torch import Tensor
 
 from diffaccel.quantization.rotation import hadamard
 
-# Smaller multipliers would push half-precision activations below their range.
+# Of m, as a power of two: smaller ones would push half-precision activations below their range.
 _SMALLEST = -10
 _OVERSAMPLE = 10
 _POWER_ITERATIONS = 4
 
 
-def balance_multiplier(channels: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """m, [K], powers of two up to 1.
+def balance_multiplier(squares: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """m, float32 [K], up to 1; values that bfloat16 holds too, so that inputs of any dtype get what the weight lost.
 
     Args:
-        channels: max|x| of each input channel over the calibration, [K].
+        squares: mean square of each input channel, [K].
         weight: [N, K].
     """
-    size = weight.detach().float().abs().amax(0)
-    channels = channels.to(size)
-    live = (channels > 0) & (size > 0) & channels.isfinite() & size.isfinite()
+    against = weight.detach().float().square().mean(0)
+    squares = squares.to(against)
+    live = (squares > 0) & (against > 0) & squares.isfinite() & against.isfinite()
     if not live.any():
-        return torch.ones_like(size)
-    log_s = alpha * channels.log2() - (1 - alpha) * size.log2()
+        return torch.ones_like(against)
+    log_s = (alpha * squares.log2() - (1 - alpha) * against.log2()) / 2
     log_s = torch.where(live, log_s, log_s[live].median())
-    return torch.exp2((log_s.min() - log_s).round().clamp(min=_SMALLEST))
+    return torch.exp2((log_s.min() - log_s).clamp(min=_SMALLEST)).bfloat16().float()
 
 
 def condition_weight(weight: Tensor, before: Tensor | None, after: Tensor | None, *, rotated: bool) -> Tensor:

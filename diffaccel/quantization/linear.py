@@ -60,11 +60,8 @@ class QuantizedLinear(nn.Linear):
             return F.linear(input, self.original, self.bias)
         run = self.runs[active]
         tensors = self.tensors(run)
-        before, after, up, down = (tensors.get(name) for name in CONDITIONING)
-        x = condition_input(input, before, after, rotated=run.rotated)
+        x = condition_input(input, tensors.get("before"), tensors.get("after"), rotated=run.rotated)
         y = KINDS[run.kind].linear(x, tensors, run, self.bias, self.bits)
-        if up is not None and down is not None:
-            y = y + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
         if "kept_rows" in self._buffers:
             y = protect_rows(y, input, *(self._buffers[name] for name in PROTECTED))
         return y

@@ -95,23 +95,34 @@ def _prepare(
         assert channels is not None
         turned = rotated and how.first == "rotate"
         against = condition_weight(weight, before, None, rotated=True) if turned else weight
-        balance = balance_multiplier(channels.maxima(ranges, rotated=turned), against, how.balance)
+        balance = balance_multiplier(channels.squares(ranges, rotated=turned), against, how.balance)
         if turned:
             after = balance
         else:
             before = balance if before is None else balance * before
     weight = condition_weight(weight, before, after, rotated=rotated)
-    extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # powers of two
+    extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # exact
+    importance = None if channels is None else _importance(channels.squares(ranges).to(weight), before, after, rotated)
     if how.low_rank:
         coarsest = min(store.runs, key=lambda run: run.scheme.bits)
 
         def rounded(rest: Tensor) -> Tensor:
-            return kind.values(kind.quantize(rest, store.group), coarsest, rest.shape[1])
+            return kind.values(kind.quantize(rest, store.group, importance), coarsest, columns)
 
         up, down = low_rank(weight, how.low_rank, half, rounded, how.refine)
         weight = weight - up.float() @ down.float()
         extras |= {"up": up, "down": down}
-    return kind.quantize(weight, store.group) | extras
+    return kind.quantize(weight, store.group, importance) | extras
+
+
+def _importance(squares: Tensor, before: Tensor | None, after: Tensor | None, rotated: bool) -> Tensor:
+    """Mean square of each conditioned input, [K]; a rotation evens it out within its blocks."""
+    squares = squares if before is None else squares * before.square()
+    if rotated:
+        block = block_size(len(squares))
+        assert block is not None
+        squares = squares.view(-1, block).mean(1).repeat_interleave(block)
+    return squares if after is None else squares * after.square()
 
 
 def _half(dtype: torch.dtype) -> torch.dtype:

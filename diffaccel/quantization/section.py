@@ -32,9 +32,9 @@ class Quantize(Section):
         float_activations: among ``sites``, those whose activations stay in 16 or 32 bits, so that only their weights
             shrink (W8A16); "" for none. By default what reads the text, whose tokens have outliers: ViDiT-Q and MixDQ
             keep these layers out too. They see few tokens, so int8 would hardly make them faster.
-        balance: share of an input channel's range that moves from the activations into the weight (SmoothQuant's alpha,
-            arXiv:2211.10438, sec. 4): 0 evens out the weight only, 1 the activations only. Needs
-            `diffaccel.calibrate`. None: not at all.
+        balance: share of an input channel's size that moves from the activations into the weight (SmoothQuant's alpha,
+            arXiv:2211.10438, sec. 4): 0 evens out the weight only, 1 the activations only. Each section of a range of
+            steps is balanced for those. Needs `diffaccel.calibrate`. None: not at all.
         rotate: turn inputs and weights by a randomised Hadamard matrix, which spreads outliers over the channels
             (ViDiT-Q, sec. 4.2; QuaRot, arXiv:2404.00456).
         first: ``balance`` (ViDiT-Q) or ``rotate`` (QuantVGGT, arXiv:2509.21302), where both are asked for.

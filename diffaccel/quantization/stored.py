@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffaccel.kernels import fp8_linear as fp8
 from diffaccel.kernels import int8_linear as int8
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
+from diffaccel.kernels.int4_linear import int4_linear
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, int4_from, nested_from
 from diffaccel.quantization.scheme import Scheme
 from diffaccel.quantization.weight import dequantize_weight, plain
@@ -39,12 +41,15 @@ class Run:
 
 
 class Kind(Protocol):
-    """One way of storing; ``tensors`` are by name, of a weight [N, K]."""
+    """One way of storing a weight [N, K]; ``tensors`` are by name, ``down`` and ``up`` of a branch included."""
 
     names: tuple[str, ...]
 
-    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
-        """Its tensors, as they are saved; float32 [N, K] in. Scales are NaN in channels that are not finite."""
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
+        """Its tensors, as they are saved; float32 [N, K] in. Scales are NaN in channels that are not finite.
+
+        ``importance`` [K] is the mean square of each input, where known; what searches its scales makes use of it.
+        """
 
     def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
         """What is fastest on the tensors' device; `unpack` is the inverse."""
@@ -53,26 +58,16 @@ class Kind(Protocol):
         """As they are saved."""
 
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
-        """The weight that they stand for, float32 [N, K]."""
+        """The rounded weight, float32 [N, K]."""
 
     def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
-        """``x`` [..., K] -> [..., N] in its dtype; ``bits`` of int8 activations."""
-
-
-class _Plain:
-    """Saved as it runs."""
-
-    def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
-        return dict(tensors)
-
-    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
-        return dict(tensors)
+        """``x`` [..., K] -> [..., N] in its dtype, low-rank branch included; ``bits`` of int8 activations."""
 
 
 class _Int8:
     names = ("qweight", "scale")
 
-    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         return dict(zip(self.names, int8.quantize_per_channel(weight), strict=True))
 
     def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
@@ -90,13 +85,25 @@ class _Int8:
         return dequantize_weight(tensors["qweight"], tensors["scale"], torch.float32)
 
     def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
-        return _integer(x, tensors["qweight"], tensors["scale"], run, bias, bits)
+        path = "auto" if run.scheme.activations == "int8" else "dense"
+        packed = int8.PackedWeight(tensors["qweight"], tensors["scale"], path, bits)
+        return _with_branch(int8.int8_linear(x, packed, bias), x, tensors)
+
+
+class _Plain:
+    """Saved as it runs."""
+
+    def pack(self, tensors: Tensors, *, integer_activations: bool) -> dict[str, Tensor]:
+        return dict(tensors)
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        return dict(tensors)
 
 
 class _Fp8(_Plain):
     names = ("qweight", "scale")
 
-    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         return dict(zip(self.names, fp8.quantize_per_channel(weight), strict=True))
 
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
@@ -104,50 +111,50 @@ class _Fp8(_Plain):
 
     def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
         path = "auto" if run.scheme.activations == "fp8" else "dense"
-        return fp8.fp8_linear(x, tensors["qweight"], tensors["scale"], bias, path)
+        return _with_branch(fp8.fp8_linear(x, tensors["qweight"], tensors["scale"], bias, path), x, tensors)
 
 
 class _Int4(_Plain):
     names = ("nibbles", "multiplier", "scale")
 
-    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
-        return quantize_int4(weight, group).tensors()
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
+        return quantize_int4(weight, group, importance).tensors()
 
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         return self._weight(tensors, run, columns).dequantize()
 
     def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
         weight = self._weight(tensors, run, x.shape[-1])
-        return _integer(x, weight.codes(), weight.scale, run, bias, bits)
+        return int4_linear(x, weight, bias, run.scheme.activations, _branch(x, tensors))
 
-    def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight:
+    def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight | NestedWeight:
         return int4_from(tensors, columns, run.group)
 
 
-class _Nested(_Plain):
+class _Nested(_Int4):
     """One weight that is read as int8 or as int4."""
 
     names = ("low", "scale", "high_nibbles", "high_multiplier", "high_scale")
 
-    def quantize(self, weight: Tensor, group: int | None) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         assert group is not None
-        return quantize_nested(weight, group).tensors()
-
-    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
-        return self._weight(tensors, run, columns).dequantize()
-
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
-        weight = self._weight(tensors, run, x.shape[-1])
-        return _integer(x, weight.codes(), weight.scale, run, bias, bits)
+        return quantize_nested(weight, group, importance).tensors()
 
     def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight | NestedWeight:
         weight = nested_from(tensors, columns, run.group)
         return weight.high if run.scheme.weights == "int4" else weight
 
 
-def _integer(x: Tensor, codes: Tensor, scale: Tensor, run: Run, bias: Tensor | None, bits: int) -> Tensor:
-    path = "auto" if run.scheme.activations == "int8" else "dense"
-    return int8.int8_linear(x, int8.PackedWeight(codes, scale, path, bits), bias)
+def _branch(x: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor] | None:
+    """down [R, K] and up [N, R] in the dtype of ``x``, where there is a low-rank branch."""
+    if "down" not in tensors:
+        return None
+    return tensors["down"].to(x.dtype), tensors["up"].to(x.dtype)
+
+
+def _with_branch(y: Tensor, x: Tensor, tensors: Tensors) -> Tensor:
+    branch = _branch(x, tensors)
+    return y if branch is None else y + F.linear(F.linear(x, branch[0]), branch[1])
 
 
 KINDS: dict[str, Kind] = {"int8": _Int8(), "fp8": _Fp8(), "int4": _Int4(), "nested": _Nested()}
