@@ -77,12 +77,12 @@ def cast(x, dtype: tl.constexpr):
             spacing = tl.maximum(power, 2.0**-126) * 2.0**-7
         else:
             spacing = tl.maximum(power, 2.0**-6) * 2.0**-3
-        x = tl.where(power < float("inf"), _round(x / spacing) * spacing, x)
+        x = tl.where(power < float("inf"), round_even(x / spacing) * spacing, x)
     return x.to(dtype)
 
 
 @triton.jit
-def _round(x):
+def round_even(x):
     """To the nearest integer, half to even, for |x| < 2**22: beyond 2**23 float32 has no fraction left."""
     return (x + 12582912.0) - 12582912.0  # 1.5 * 2**23
 
@@ -119,7 +119,7 @@ def _largest(y):
 
 
 @triton.jit
-def _row_scale(largest, QMAX: tl.constexpr):
+def row_scale_of(largest, QMAX: tl.constexpr):
     """Bits of max|y| -> s, and 1 / s or, in a row with NaN or infinity, 0."""
     magnitude = largest.to(tl.float32, bitcast=True)
     finite = magnitude < float("inf")
@@ -131,7 +131,7 @@ def _row_scale(largest, QMAX: tl.constexpr):
 def _store_quantized(q_ptr, k, keep, y, inverse):
     q = tl.where(inverse > 0, y * inverse, 0.0)
     if q_ptr.dtype.element_ty == tl.int8:
-        q = _round(q).to(tl.int8)
+        q = round_even(q).to(tl.int8)
     else:
         q = cast(q, q_ptr.dtype.element_ty)
     tl.store(q_ptr + k, q, mask=keep)
@@ -153,7 +153,7 @@ def _row_kernel(
         y = tl.where(keep, y - tl.sum(y) / K, 0.0)
         y *= tl.rsqrt(tl.sum(y * y) / K + eps)
     y = _modulated(y, k, keep, weight_ptr, bias_ptr, scale_ptr, shift_ptr)
-    row_scale, inverse = _row_scale(_largest(y), QMAX)
+    row_scale, inverse = row_scale_of(_largest(y), QMAX)
     tl.store(row_scale_ptr + row, row_scale)
     _store_quantized(q_ptr + row * K, k, keep, y, inverse)
 
@@ -190,7 +190,7 @@ def _long_row_kernel(
         y = tl.where(keep, (_row(x_ptr, k, keep) - mean) * factor, 0.0)
         y = _modulated(y, k, keep, weight_ptr, bias_ptr, scale_ptr, shift_ptr)
         largest = tl.maximum(largest, _largest(y))
-    row_scale, inverse = _row_scale(largest, QMAX)
+    row_scale, inverse = row_scale_of(largest, QMAX)
     tl.store(row_scale_ptr + row, row_scale)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)

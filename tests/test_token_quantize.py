@@ -216,7 +216,7 @@ FAULTS = [
     ("y *= 1 + _row(scale_ptr", "y *= _row(scale_ptr"),
     ("tl.sum(total) / K", "tl.sum(total) / BLOCK_K"),
     ("& 0x7FFFFFFF)", "& 0x7FFFFFF0)"),
-    ("_round(q).to(tl.int8)", "q.to(tl.int8)"),
+    ("round_even(q).to(tl.int8)", "q.to(tl.int8)"),
 ]
 
 
