@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from typing import Any
 
@@ -21,6 +21,7 @@ from diffaccel.eval.peers import peers_of
 from diffaccel.eval.processes import Processes
 from diffaccel.eval.result import Result
 from diffaccel.eval.runner import Runner, progress_bar
+from diffaccel.eval.sample_rows import write_samples
 from diffaccel.eval.sets import SETS, sets_of
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store
@@ -47,6 +48,7 @@ def compare(
     turn: int = 4,
     noise_floor: bool = False,
     flops: bool = False,
+    lossless: bool = False,
     load_seconds: float | None = None,
     progress: bool = True,
 ) -> Result:
@@ -77,6 +79,7 @@ def compare(
         turn: prompts per row before the next row's turn. More = less attaching and warming up, drift cancels less.
         noise_floor: add the reference with another thread count: the fidelity of a run that only rounds differently.
         flops: count the operations of each row, in one more call of its first item that is not timed.
+        lossless: keep every clip as frames beside the mp4, of which the outputs of a run otherwise consist.
         load_seconds: how long ``model`` took to load, to be reported beside the rest.
         progress: whether to show a bar.
 
@@ -103,74 +106,86 @@ def compare(
     sets = sets_of(
         of_row, len(prompts) * len(seeds), None if data is None else len(data.files), bundled=bundled, video=video
     )
-    settings, steps = request.settings(sets, data), request.steps
+    settings, steps = {**request.settings(sets, data), "lossless": lossless and video}, request.steps
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with apply_of(plan)(pipe):
             pass
     processes = Processes.here()
-    store = _open(folder, settings, processes)
-    features = FeatureStore(store, sets)
-    if load_seconds is not None:
-        store.append(kind="load", seconds=load_seconds)
-    if data is not None and processes.first:
-        features.read_folder(data, progress=progress)
-    jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
-    own = processes.share(jobs)
-    variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
-    variants += [Variant(name, "plan", apply_of(plan), steps) for name, plan in plans.items()]
-    variants += [
-        Variant(name, "peer", apply, steps)
-        for name, apply in offered.items()
-        if can_run(name, apply, pipe, jobs[0], calls, store, processes)
-    ]
-    variants += [fewer(n) for n in controls if isinstance(n, int)]
-    if noise_floor:
-        variants.append(floor(steps))
-    with progress_bar(progress and processes.first) as bar, quiet(pipe):
-        runner = Runner(
-            pipe, calls, store, chosen, features, bar, total=len(variants) * len(own) * repeats, flops=flops
-        )
-        automatic = FEWER_STEPS in controls and steps is not None
-        turns = [own[i : i + turn] for i in range(0, len(own), turn)] or [[]]
-        rounds = range(repeats)
-        for index, these in enumerate(turns):
-            runner.take_turn(variants, these, rounds)
-            if automatic and index == 0:
-                late = _matching(store, variants, plans, "after the first turn", processes)
-                runner.take_turn([variants[0], *late], these, [repeats])
+    with _opened(folder, settings, processes, lossless) as store:
+        features = FeatureStore(store, sets)
+        if load_seconds is not None and processes.first:
+            store.append(kind="load", seconds=load_seconds)
+        if data is not None and processes.first:
+            features.read_folder(data, progress=progress)
+        jobs = [Job(i, prompt, seed) for i, (prompt, seed) in enumerate(product(prompts, seeds))]
+        own = processes.share(jobs)
+        variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
+        variants += [Variant(name, "plan", apply_of(plan), steps) for name, plan in plans.items()]
+        variants += [
+            Variant(name, "peer", apply, steps)
+            for name, apply in offered.items()
+            if can_run(name, apply, pipe, jobs[0], calls, store, processes)
+        ]
+        variants += [fewer(n) for n in controls if isinstance(n, int)]
+        if noise_floor:
+            variants.append(floor(steps))
+        with progress_bar(progress and processes.first) as bar, quiet(pipe):
+            runner = Runner(
+                pipe, calls, store, chosen, features, bar, total=len(variants) * len(own) * repeats, flops=flops
+            )
+            automatic = FEWER_STEPS in controls and steps is not None
+            turns = [own[i : i + turn] for i in range(0, len(own), turn)] or [[]]
+            rounds = range(repeats)
+            for index, these in enumerate(turns):
+                runner.take_turn(variants, these, rounds)
+                if automatic and index == 0:
+                    late = _matching(store, variants, plans, "after the first turn", processes)
+                    runner.take_turn([variants[0], *late], these, [repeats])
+                    variants += late
+            if automatic and (late := _matching(store, variants, plans, "at the end", processes)):
+                for these in turns:
+                    runner.take_turn([variants[0], *late], these, [repeats + 1])
                 variants += late
-        if automatic and (late := _matching(store, variants, plans, "at the end", processes)):
-            for these in turns:
-                runner.take_turn([variants[0], *late], these, [repeats + 1])
-            variants += late
-        restored = all(processes.gather(not own or runner.is_restored(own[0])))
-    store.reload()
-    if not restored:
-        warnings.warn("diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2)
-    return result_of(
-        store,
-        variants,
-        [c.measure for c in chosen],
-        list(plans) if automatic else [],
-        jobs,
-        conditions_of(settings),
-        restored,
-        features.scores([v.name for v in variants], jobs, data, processes),
-    )
+            restored = all(processes.gather(not own or runner.is_restored(own[0])))
+        store.reload()
+        if not restored:
+            warnings.warn(
+                "diffaccel: after the comparison the pipeline does not give the reference output", stacklevel=2
+            )
+        result = result_of(
+            store,
+            variants,
+            [c.measure for c in chosen],
+            list(plans) if automatic else [],
+            jobs,
+            conditions_of(settings),
+            restored,
+            features.scores([v.name for v in variants], jobs, data, processes),
+        )
+        if processes.first:
+            write_samples(store, jobs)
+        return result
 
 
-def _open(folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], processes: Processes) -> Store:
-    """Process 0 first; what it refuses, all refuse."""
+@contextmanager
+def _opened(
+    folder: str | os.PathLike[str] | None, settings: Mapping[str, Any], processes: Processes, lossless: bool
+) -> Iterator[Store]:
+    """The store, for this run alone. Process 0 opens it first; what it refuses, all refuse."""
     processes.require_folder(folder)
     store, refused = None, None
     if processes.first:
         try:
-            store = Store(folder, settings)
+            store = Store(folder, settings, lossless=lossless)
         except InputError as error:
             refused = str(error)
     if (refused := processes.agree(refused)) is not None:
         raise InputError(refused)
-    return store or Store(folder, settings, processes.rank)
+    store = store or Store(folder, settings, processes.rank, lossless=lossless)
+    try:
+        yield store
+    finally:
+        store.release()
 
 
 def _matching(

@@ -19,7 +19,7 @@ from diffaccel.errors import InputError
 from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.measures import FIDELITY
 from diffaccel.eval.result import COSTS, Result, Row, cost_cells, score_text
-from diffaccel.eval.store import to_bytes
+from diffaccel.eval.sample_files import to_bytes
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _MILLISECONDS = 125  # a frame of a clip: its real rate is not known here

@@ -167,7 +167,9 @@ class Result:
     def save(self, file: str | os.PathLike[str]) -> Path:
         """Write `to_dict` as JSON."""
         path = Path(file)
-        path.write_text(json.dumps(self.to_dict(), indent=1))
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=1))
+        os.replace(partial, path)
         return path
 
     def table(self) -> Table:

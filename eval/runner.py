@@ -79,10 +79,12 @@ class Runner:
             self._store.append(kind="row", row=variant.name, attach_seconds=attach_seconds, model_bytes=weights)
             for job in counted:
                 self._count(variant, job, calls)
-            for job in pending:
-                self._measure(variant, job, repeat, calls)
-            if hasattr(handle, "report"):
-                self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
+            for number, job in enumerate(pending, 1):
+                sample, facts = self._measured(variant, job, calls)
+                # Before the last item: once all items are there, nobody attaches this row again to ask for a report.
+                if number == len(pending) and hasattr(handle, "report"):
+                    self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
+                self._keep(variant, job, repeat, sample, facts)
 
     def _count(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> None:
         """Operations of a call of its own, which is not timed."""
@@ -97,9 +99,10 @@ class Runner:
         count = {"total": found.total, "denoiser": found.within, "by_operator": operators, "uncounted": uncounted}
         self._store.append(kind="flops", row=variant.name, **count)
 
-    def _measure(self, variant: Variant, job: Job, repeat: int, calls: Mapping[str, Any]) -> None:
+    def _measured(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """A sample with its costs and scores."""
         sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = dict(cost.__dict__)
         reference = None if variant.kind == "reference" else self._store.load(REFERENCE, job.index)
         if reference is not None:
             if sample.shape != reference.shape:
@@ -110,11 +113,15 @@ class Runner:
             for m in self._measures
             if reference is not None or not m.measure.fidelity
         }
+        return sample, facts
+
+    def _keep(self, variant: Variant, job: Job, repeat: int, sample: np.ndarray, facts: Mapping[str, Any]) -> None:
+        """Write a sample down; it counts once its record is there, which comes last."""
+        key: dict[str, Any] = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
         if not self._store.records("item", row=variant.name, item=job.index):
-            self._store.save(variant.name, job.index, sample)
+            key["files"] = self._store.save(variant.name, job.index, sample)
             self._features.add(variant.name, job.index, sample)
-        key = {"row": variant.name, "item": job.index, "repeat": repeat, "digest": digest(sample)}
-        self._store.append(kind="item", **key, **facts, **cost.__dict__)
+        self._store.append(kind="item", **key, **facts)
         self._bar.advance(self._task)
 
     def is_restored(self, job: Job) -> bool:

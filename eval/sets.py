@@ -23,7 +23,7 @@ from diffaccel.eval.metrics.frechet import distance
 from diffaccel.eval.metrics.inception_score import inception_score
 from diffaccel.eval.metrics.intervals import Interval
 from diffaccel.eval.metrics.jackknife import Jackknife, jackknife
-from diffaccel.eval.store import to_bytes
+from diffaccel.eval.sample_files import to_bytes
 
 Statistic = Callable[[np.ndarray, np.ndarray], float]
 """Gets features of the row, ``[N, D]``, and of what it is compared with, ``[M, D]``, however few."""

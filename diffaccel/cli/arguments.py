@@ -43,6 +43,9 @@ NoiseFloor = Annotated[
         "--noise-floor", help="Add the reference with another thread count: what differs when only rounding does."
     ),
 ]
+Lossless = Annotated[
+    bool, typer.Option("--lossless", help="Keep every clip as frames without losses, .npy, beside the mp4.")
+]
 Details = Annotated[
     bool, typer.Option("--details", help="Print where the time goes, operations and energy too; the report has them.")
 ]

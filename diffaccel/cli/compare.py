@@ -14,6 +14,7 @@ from diffaccel.cli.arguments import (
     Device,
     Dtype,
     Json,
+    Lossless,
     Measures,
     Model,
     NoiseFloor,
@@ -68,6 +69,7 @@ def compare(
     ] = Path("out/compare"),
     device: Device = None,
     dtype: Dtype = None,
+    lossless: Lossless = False,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
@@ -107,6 +109,7 @@ def compare(
         against=against,
         noise_floor=noise_floor,
         flops=flops,
+        lossless=lossless,
         load_seconds=loaded,
         peers=peer or (),
         folder=output,

@@ -14,6 +14,7 @@ from diffaccel.cli.arguments import (
     Device,
     Dtype,
     Json,
+    Lossless,
     Measures,
     Model,
     NoiseFloor,
@@ -69,6 +70,7 @@ def evaluate(
     ] = Path("out/eval"),
     device: Device = None,
     dtype: Dtype = None,
+    lossless: Lossless = False,
     details: Details = False,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +106,7 @@ def evaluate(
         against=against,
         noise_floor=noise_floor,
         flops=flops,
+        lossless=lossless,
         load_seconds=loaded,
         folder=output,
         progress=err.is_terminal,
