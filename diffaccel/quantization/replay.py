@@ -7,8 +7,9 @@ suffice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from diffaccel.clock import Call
-from diffaccel.denoiser import Denoiser
+from diffaccel.clock import Call, Clock
+from diffaccel.denoiser import Denoiser, find_denoisers
+from diffaccel.errors import PlanError
+from diffaccel.plan import Artefacts
+from diffaccel.quantization import attach
+from diffaccel.quantization.section import Quantize
 from diffaccel.technique import Context
+
+
+@contextmanager
+def at_work(pipe: Any, sections: Sequence[Quantize] = (), artefacts: Artefacts | None = None) -> Iterator[Context]:
+    """``pipe`` with these sections of a plan alone, or with none, but followed by a clock.
+
+    Raises:
+        PlanError: the pipeline is accelerated already, or the sections do not fit it.
+    """
+    denoisers = find_denoisers(pipe)
+    for denoiser in denoisers:
+        if "_diffaccel" in denoiser.module.__dict__:
+            raise PlanError(f"{denoiser.component} is already accelerated; call remove() on its handle first")
+    context = Context(denoisers, Clock(pipe), artefacts or Artefacts(), originals="device", pipeline=pipe)
+    with context.undo:
+        for denoiser in denoisers:
+            context.root(denoiser)
+        if sections:
+            attach.attach(attach.resolve(sections, context), context)
+        yield context
 
 
 @dataclass(frozen=True)
@@ -38,11 +63,24 @@ class Recorded:
         return self.step / (self.steps - 1) if self.steps > 1 else 0.0
 
 
+@dataclass(frozen=True)
+class Error:
+    """Of one call made again, both as energy of the difference over that of what it should be.
+
+    Args:
+        output: of the output.
+        text: of the difference that the text makes, conditional less unconditional; NaN where a call holds only one.
+    """
+
+    output: float
+    text: float
+
+
 class Recorder:
     """Records calls of the denoisers while it is on.
 
     Args:
-        context: of an attached plan that changes nothing.
+        context: of `at_work` without sections.
         wanted: told of each call; whether to record it.
     """
 
@@ -66,36 +104,47 @@ class Recorder:
         given: list[tuple[Any, Any]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given.append((_copy(args), _copy(kwargs)))  # the forward may write into its inputs
+            given[:] = [(_copy(args), _copy(kwargs))]  # the forward may write into its inputs
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            args, kwargs = given.pop()
-            given.clear()
-            if self._now is not None and self._now.steps and self._wanted(self._now):
-                call = Recorded(denoiser.component, self._now.step, self._now.steps, args, kwargs, tensors_of(output))
-                self.calls.append(call)
+            now, (args, kwargs) = self._now, given.pop()
+            if now is not None and now.steps and self._wanted(now):
+                output = _tensors(output)
+                self.calls.append(Recorded(denoiser.component, now.step, now.steps, args, kwargs, output))
 
         self._undo.callback(denoiser.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         self._undo.callback(denoiser.module.register_forward_hook(after, with_kwargs=True).remove)
 
 
 @torch.no_grad()
-def errors(calls: Sequence[Recorded], denoisers: Sequence[Denoiser], at: Callable[[Recorded], None]) -> Iterator[float]:
-    """Energy of the difference over that of the output, for each call made again.
+def errors(calls: Sequence[Recorded], context: Context, *, batched: bool = False) -> Iterator[Error]:
+    """Of each call made again; what depends on the step follows.
 
     Args:
-        at: told of each call before it is made, so that what depends on the step can follow.
+        batched: whether a call holds both halves of guidance, the unconditional one first.
     """
-    modules = {d.component: d.module for d in denoisers}
+    modules = {d.component: d.module for d in context.denoisers}
     for call in calls:
-        at(call)
-        output = tensors_of(modules[call.component](*_copy(call.args), **_copy(call.kwargs)))
-        pairs = list(zip(call.output, output, strict=True))
-        different = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-        yield different / max(sum(float(a.double().square().sum()) for a, _ in pairs), 1e-300)
+        context.clock.start(call.steps, call.step)
+        output = _tensors(modules[call.component](*_copy(call.args), **_copy(call.kwargs)))
+        text = math.nan
+        if batched:
+            text = _relative([_difference(t) for t in call.output], [_difference(t) for t in output])
+        yield Error(_relative(call.output, output), text)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
+def _relative(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, got, strict=True)]
+    different = sum(float((a - b).square().sum()) for a, b in pairs)
+    return different / max(sum(float(a.square().sum()) for a, _ in pairs), 1e-300)
+
+
+def _difference(batched: Tensor) -> Tensor:
+    unconditional, conditional = batched.chunk(2)
+    return conditional - unconditional
+
+
+def _tensors(output: Any) -> list[Tensor]:
     """Copies of the floating tensors of a forward's result."""
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return [leaf.detach().clone() for leaf in leaves]
