@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="how many kills (default: 20)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments (default: the time)")
     arguments = parser.parse_args()
-    import diffaccel.eval.compare  # noqa: F401  (once, before forking; no torch operation has run yet)
+    # Once, before forking; no torch operation has run yet.
+    import diffaccel.eval.compare
+    import diffaccel.eval.gate
+    import diffaccel.eval.page
+    import diffaccel.pipelines.loading  # noqa: F401
 
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
@@ -43,7 +48,7 @@ def main() -> None:
             while kills < arguments.kills and not ended_before(folder, rng.uniform(0, took)):
                 kills += 1
             if wait_for(begin(folder)) != 0:
-                sys.exit(f"resuming failed after {kills} kills (seed {arguments.seed})")
+                sys.exit(f"{log_of(folder).read_text()}\nresuming failed after {kills} kills (seed {arguments.seed})")
             if differing := differences(whole, folder):
                 sys.exit(f"{differing} (seed {arguments.seed})")
         print(f"{kills} kills in {runs} runs of {took:.1f} s (seed {arguments.seed}): equal to the undisturbed run")
@@ -54,15 +59,23 @@ def begin(folder: Path) -> int:
     child = os.fork()
     if child:
         return child
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with log_of(folder).open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         code = 1
         try:
             command(folder)
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
+            log.flush()
             os._exit(code)
+
+
+def log_of(folder: Path) -> Path:
+    """What the last process that ran in this folder printed."""
+    return folder.with_suffix(".log")
 
 
 def command(folder: Path) -> None:

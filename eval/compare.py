@@ -11,12 +11,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+from diffaccel.denoiser import find_denoisers
 from diffaccel.errors import InputError
 from diffaccel.eval.feature_store import FeatureStore, Folder
 from diffaccel.eval.generate import Job
 from diffaccel.eval.measures import measures_of
+from diffaccel.eval.peer_command import Command, Surroundings
 from diffaccel.eval.peers import peers_of
 from diffaccel.eval.processes import Processes
 from diffaccel.eval.result import Result
@@ -26,9 +29,10 @@ from diffaccel.eval.sets import SETS, sets_of
 from diffaccel.eval.settings import FEWER_STEPS, Request, conditions_of
 from diffaccel.eval.store import REFERENCE, Store
 from diffaccel.eval.summary import matching_steps, result_of, speedup_of
-from diffaccel.eval.variants import Apply, PlanLike, Variant, apply_of, can_run, fewer
+from diffaccel.eval.variants import Apply, PlanLike, Trial, Variant, apply_of, fewer
 from diffaccel.eval.variants import noise_floor as floor
 from diffaccel.inspection.quiet import quiet
+from diffaccel.pipelines.bundled import BUNDLED
 from diffaccel.pipelines.tasks import makes_video
 
 
@@ -106,6 +110,7 @@ def compare(
     sets = sets_of(
         of_row, len(prompts) * len(seeds), None if data is None else len(data.files), bundled=bundled, video=video
     )
+    has_commands = any(isinstance(peer, Command) for peer in offered.values())
     settings, steps = {**request.settings(sets, data), "lossless": lossless and video}, request.steps
     for plan in plans.values():  # one that does not fit is refused now, not after the first prompts
         with apply_of(plan)(pipe):
@@ -121,17 +126,22 @@ def compare(
         own = processes.share(jobs)
         variants = [Variant(REFERENCE, "reference", nullcontext, steps)]
         variants += [Variant(name, "plan", apply_of(plan), steps) for name, plan in plans.items()]
-        variants += [
-            Variant(name, "peer", apply, steps)
-            for name, apply in offered.items()
-            if can_run(name, apply, pipe, jobs[0], calls, store, processes)
-        ]
+        around = _surroundings(model, pipe, settings, store, processes) if has_commands else None
+        variants += Trial(pipe, jobs[0], calls, store, processes, around).peers(offered, steps)
         variants += [fewer(n) for n in controls if isinstance(n, int)]
         if noise_floor:
             variants.append(floor(steps))
         with progress_bar(progress and processes.first) as bar, quiet(pipe):
             runner = Runner(
-                pipe, calls, store, chosen, features, bar, total=len(variants) * len(own) * repeats, flops=flops
+                pipe,
+                calls,
+                store,
+                chosen,
+                features,
+                bar,
+                total=len(variants) * len(own) * repeats,
+                flops=flops,
+                around=around,
             )
             automatic = FEWER_STEPS in controls and steps is not None
             turns = [own[i : i + turn] for i in range(0, len(own), turn)] or [[]]
@@ -186,6 +196,21 @@ def _opened(
         yield store
     finally:
         store.release()
+
+
+def _surroundings(
+    model: Any, pipe: Any, settings: Mapping[str, Any], store: Store, processes: Processes
+) -> Surroundings:
+    """What programs of their own are told; the pipeline is written down for them unless it came from a folder."""
+    name = str(getattr(model, "name", ""))
+    folder = BUNDLED[name].path if name in BUNDLED else Path(name).expanduser()
+    if not name or not (folder / "model_index.json").is_file():
+        folder = store.folder / "pipeline"
+        if processes.first and not (folder / "model_index.json").is_file():
+            pipe.save_pretrained(folder)
+        processes.agree(None)
+    device = next(find_denoisers(pipe)[0].module.parameters()).device
+    return Surroundings(folder.absolute(), str(device), settings["dtype"], settings["threads"])
 
 
 def _matching(

@@ -105,6 +105,7 @@ def judge(requirement: Requirement, row: Row, reference: Row) -> Verdict:
     """
     name = requirement.name
     if name == "memory":
+        assert row.model_bytes is not None and reference.model_bytes is not None  # of plans it is known
         ratio = row.model_bytes / reference.model_bytes
         return Verdict(requirement, ratio, ratio)
     if name == "speedup":

@@ -18,7 +18,7 @@ from PIL import Image
 from diffaccel.errors import InputError
 from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.measures import FIDELITY
-from diffaccel.eval.result import COSTS, Result, Row, cost_cells, score_text
+from diffaccel.eval.result import COSTS, Result, Row, cost_cells, mebibytes, score_text
 from diffaccel.eval.sample_files import to_bytes
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -121,14 +121,14 @@ def _cells(row: Row) -> dict[str, Any]:
         "name": row.name,
         "kind": row.kind,
         "steps": row.steps,
-        "loop": f"{row.loop_seconds:.3g}",
+        "loop": "" if row.loop_seconds is None else f"{row.loop_seconds:.3g}",
         "speed": "1" if row.kind == "reference" else f"{speed.value:.2f}",
         "speed_interval": "" if row.kind == "reference" else f"[{speed.low:.2f}, {speed.high:.2f}]",
         "psnr": "" if row.psnr is None else f"{row.psnr.mean:.1f}",
         "worst": "" if row.psnr is None else f"{row.psnr.worst_decile:.1f}",
         "scores": {name: score_text(score, 4) for name, score in row.numbers().items()},
-        "peak": f"{row.peak_bytes / 2**20:.0f}",
-        "model": f"{row.model_bytes / 2**20:.1f}",
+        "peak": mebibytes(row.peak_bytes, 0),
+        "model": mebibytes(row.model_bytes, 1),
     }
 
 

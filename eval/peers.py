@@ -7,22 +7,28 @@ the pipeline sets none, and starts afresh with every schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers.hooks.hooks import CacheContext, StateManager
 from torch import nn
 
 from diffaccel.denoiser import Denoiser, find_denoisers
 from diffaccel.errors import InputError, MissingPackageError, did_you_mean
-from diffaccel.watch import watch_method
+from diffaccel.eval.peer_calibrated import mag_ratios, put_mag_cache, put_smooth_cache, smooth_errors
+from diffaccel.eval.peer_command import COMMAND, Command
+from diffaccel.eval.peer_hooks import attach_cache, restored
 
 Put = Callable[[Any, Denoiser, float, ExitStack], None]
 """Gets pipeline, denoiser, setting, and where to register what undoes it."""
+
+
+Calibrate = Callable[[Any, Denoiser, Callable[[], Any], int], Any]
+"""Gets pipeline, denoiser, what runs the pipeline once as it is, and its number of steps."""
 
 
 @dataclass(frozen=True)
@@ -34,83 +40,79 @@ class Peer:
         put: puts it on one denoiser.
         settings: of its knob, from careful to fast, tried when none is asked for; empty where it has none.
         package: that it needs, by the name pip knows.
+        calibrate: measures the denoiser first, where it must; ``put`` gets the result as ``calibrated``.
     """
 
     name: str
-    put: Put
+    put: Callable[..., None]
     settings: tuple[float, ...] = ()
     package: str = "diffusers"
+    calibrate: Calibrate | None = None
 
-    def on(self, setting: float | None) -> Callable[[Any], AbstractContextManager[None]]:
-        """What `compare` takes as a plan."""
-        return partial(_applied, self, setting)
+
+class PeerRow:
+    """One peer at one setting, or several on top of each other: what `compare` takes as a plan.
+
+    Args:
+        parts: peers with their settings, in the order in which they are put on.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Peer, float | None]]) -> None:
+        self.parts = tuple(parts)
+        self._calibrated: dict[tuple[str, str], Any] = {}
+
+    def prepare(self, pipe: Any, run: Callable[[], Any], steps: int | None) -> None:
+        """Calibrate what must be, once.
+
+        Args:
+            run: runs the pipeline once as it is.
+            steps: of that run; None where the pipeline takes no count.
+
+        Raises:
+            InputError: it cannot be calibrated on this pipeline.
+            MissingPackageError: its package is not installed.
+        """
+        for peer, _ in self.parts:
+            if peer.calibrate is None or any(name == peer.name for name, _ in self._calibrated):
+                continue
+            if steps is None:
+                raise InputError("it is calibrated for a number of steps, and these calls have none")
+            for denoiser in find_denoisers(pipe):
+                with _named(peer):
+                    found = peer.calibrate(pipe, denoiser, run, steps)
+                self._calibrated[peer.name, denoiser.component] = found
+
+    @contextmanager
+    def __call__(self, pipe: Any) -> Iterator[None]:
+        with ExitStack() as undo:
+            for peer, setting in self.parts:
+                value = setting if setting is not None else (peer.settings or (0.0,))[0]
+                for denoiser in find_denoisers(pipe):
+                    undo.callback(restored(denoiser.module))
+                    more = {}
+                    if peer.calibrate is not None:
+                        more["calibrated"] = self._calibrated[peer.name, denoiser.component]
+                    with _named(peer):
+                        peer.put(pipe, denoiser, value, undo, **more)
+            yield
 
 
 @contextmanager
-def _applied(peer: Peer, setting: float | None, pipe: Any) -> Iterator[None]:
-    value = setting if setting is not None else (peer.settings or (0.0,))[0]
-    with ExitStack() as undo:
-        for denoiser in find_denoisers(pipe):
-            undo.callback(_restored(denoiser.module))
-            try:
-                peer.put(pipe, denoiser, value, undo)
-            except ModuleNotFoundError as error:
-                raise MissingPackageError(
-                    f"{peer.name} needs {peer.package}: pip install {peer.package} ({error})"
-                ) from None
+def _named(peer: Peer) -> Iterator[None]:
+    """A package that is missing inside the block is named as pip knows it."""
+    try:
         yield
-
-
-def _restored(model: nn.Module) -> Callable[[], None]:
-    """What brings the attributes and weights of all modules, and so forwards and hooks, back to what they are now."""
-    before = {module: (dict(module.__dict__), dict(module._parameters)) for module in model.modules()}
-    # A pipeline that opens cache contexts leaves registries behind, which hooks are then added to.
-    registries = [m.__dict__["_diffusers_hook"] for m in before if "_diffusers_hook" in m.__dict__]
-    hooks = [(r, dict(r.hooks), list(r._hook_order), list(r._fn_refs)) for r in registries]
-
-    def restore() -> None:
-        for module, (attributes, parameters) in before.items():
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-        for registry, named, order, references in hooks:
-            registry.hooks, registry._hook_order, registry._fn_refs = named, order, references
-            registry.invalidate_child_registries_cache()
-
-    return restore
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(f"{peer.name} needs {peer.package}: pip install {peer.package} ({error})") from None
 
 
 def _diffusers(make: Callable[[Any, float], tuple[Callable[..., None], Any]]) -> Put:
     """A cache of diffusers; ``make`` gives its function and configuration."""
 
     def put(pipe: Any, denoiser: Denoiser, value: float, undo: ExitStack) -> None:
-        from diffusers.hooks import HookRegistry
-
-        apply, config = make(pipe, value)
-        apply(denoiser.module, config)
-        registry = HookRegistry.check_if_exists_or_initialize(denoiser.module)
-        scheduler = pipe.scheduler
-        undo.callback(watch_method(scheduler, "set_timesteps", lambda _: registry.reset_stateful_hooks(recurse=True)))
-        if not any(_hooks(part) for part in denoiser.module.modules()):
-            raise InputError("it finds nothing to hook in this model")
-        handle = denoiser.module.register_forward_pre_hook(_with_context)
-        undo.callback(handle.remove)
+        attach_cache(pipe, denoiser, *make(pipe, value), undo)
 
     return put
-
-
-def _with_context(module: nn.Module, arguments: Any) -> None:
-    for part in module.modules():
-        for hook in _hooks(part):
-            for state in vars(hook).values():
-                if isinstance(state, StateManager) and state._context is None:
-                    state.set_context(CacheContext(name="one"))
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    """The hooks of diffusers on this module itself."""
-    return list(getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values())
 
 
 def _first_block_cache(pipe: Any, value: float) -> Any:
@@ -181,6 +183,13 @@ def _torchao_int8(pipe: Any, denoiser: Denoiser, value: float, undo: ExitStack) 
     )
 
 
+def _quanto_int8(pipe: Any, denoiser: Denoiser, value: float, undo: ExitStack) -> None:
+    from optimum.quanto import freeze, qint8, quantize
+
+    quantize(denoiser.module, weights=qint8)
+    freeze(denoiser.module)
+
+
 def _compile(pipe: Any, denoiser: Denoiser, value: float, undo: ExitStack) -> None:
     for parts in [m for m in denoiser.module.modules() if isinstance(m, nn.ModuleList)]:
         for part in parts:
@@ -217,32 +226,55 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             Peer("faster-cache", _diffusers(_faster_cache), (2,)),
             Peer("taylorseer", _diffusers(_taylorseer), (2, 3)),
             Peer("sea-cache", _diffusers(_sea_cache), (0.15, 0.25)),
+            Peer("mag-cache", put_mag_cache, (0.06, 0.12), calibrate=mag_ratios),
+            Peer("smooth-cache", put_smooth_cache, (0.2, 0.35), "dit-smoothcache", smooth_errors),
             Peer("cache-dit", _cache_dit, (0.08, 0.12, 0.2), "cache-dit"),
             Peer("deepcache", _deepcache, (2, 3), "DeepCache"),
             Peer("tomesd", _tomesd, (0.5,), "tomesd"),
             Peer("torchao-int8", _torchao_int8, (), "torchao"),
+            Peer("quanto-int8", _quanto_int8, (), "optimum-quanto"),
             Peer("torch-compile", _compile, (), "torch"),
         )
     }
 )
 
 
-def peers_of(names: Sequence[str]) -> dict[str, Callable[[Any], AbstractContextManager[None]]]:
-    """Rows by name: ``first-block-cache=0.08`` is one, a bare name one for each of its settings, ``all`` every one.
+STACKS = ("torchao-int8+first-block-cache=0.12", "torchao-int8+cache-dit=0.12")
+"""What composes and is run with ``all``, beside each alone."""
+
+
+def peers_of(names: Sequence[str]) -> dict[str, PeerRow | Command]:
+    """Rows by name.
+
+    Args:
+        names: ``first-block-cache=0.08`` is one row, a bare name one for each of its settings, ``a+b=0.1`` both on top
+            of each other in this order, ``all`` every one and `STACKS`, ``command:NAME=PROGRAM ARGUMENTS`` one that
+            runs elsewhere, see `diffaccel.eval.peer_command`.
 
     Raises:
         InputError: an unknown name, or a setting that is no number.
     """
-    rows: dict[str, Callable[[Any], AbstractContextManager[None]]] = {}
-    for text in [name for given in names for name in (PEERS if given == "all" else [given])]:
-        name, sign, value = text.partition("=")
-        if name not in PEERS:
-            raise InputError(f"no peer {name!r}{did_you_mean(name, [*PEERS, 'all'])}")
-        try:
-            settings = [float(value)] if sign else list(PEERS[name].settings)
-        except ValueError:
-            raise InputError(f"peer {name}: the setting must be a number, got {value!r}") from None
-        chosen: Sequence[float | None] = settings or [None]
-        for setting in chosen:
-            rows[name if setting is None else f"{name} {setting:g}"] = PEERS[name].on(setting)
+    rows: dict[str, PeerRow | Command] = {}
+    for text in [name for given in names for name in ((*PEERS, *STACKS) if given == "all" else [given])]:
+        if text.startswith(COMMAND):
+            command = Command(text.removeprefix(COMMAND))
+            rows[command.name] = command
+            continue
+        choices = [_settings(part) for part in text.split("+")]
+        for parts in product(*choices):
+            name = "+".join(p.name if setting is None else f"{p.name} {setting:g}" for p, setting in parts)
+            rows[name] = PeerRow(parts)
     return rows
+
+
+def _settings(text: str) -> list[tuple[Peer, float | None]]:
+    """A peer with each setting that ``text`` asks for."""
+    name, sign, value = text.partition("=")
+    if name not in PEERS:
+        raise InputError(f"no peer {name!r}{did_you_mean(name, [*PEERS, 'all', COMMAND])}")
+    peer = PEERS[name]
+    try:
+        settings: list[float | None] = [float(value)] if sign else [*peer.settings] or [None]
+    except ValueError:
+        raise InputError(f"peer {name}: the setting must be a number, got {value!r}") from None
+    return [(peer, setting) for setting in settings]

@@ -48,7 +48,8 @@ class Row:
             or ``noise floor``.
         steps: ``num_inference_steps`` of its calls; None where the pipeline takes none.
         control_of: for a control, the plans whose cost it meets most nearly.
-        loop_seconds: median over the items of the seconds in the denoising loop.
+        loop_seconds: median over the items of the seconds in the denoising loop; None where a program of its own
+            does not tell.
         call_seconds: likewise of the whole call.
         speedup: of the denoising loop against the reference timed in the same turns, with a 95 % interval. Ratios, not
             seconds, are comparable between rows: a control that joined late has the reference run beside it again.
@@ -57,7 +58,8 @@ class Row:
         sets: by measure of the whole row, such as ``fid``.
         identical: samples equal to the reference to the bit.
         peak_bytes: largest over the calls. On the CPU the resident set of the whole process, earlier rows' leftovers
-            included, so a later row never shows less than it needs.
+            included, so a later row never shows less than it needs. None where a program of its own does
+            not tell, as ``model_bytes``.
         model_bytes: of the denoisers' weights as they are while this row runs.
         attach_seconds: median seconds to put the acceleration on.
         notes: what a reader must know, such as fallbacks.
@@ -73,13 +75,13 @@ class Row:
     kind: str
     steps: int | None
     control_of: tuple[str, ...]
-    loop_seconds: float
+    loop_seconds: float | None
     call_seconds: float
     speedup: Ratio
     scores: Mapping[str, Score]
     identical: int
-    peak_bytes: int
-    model_bytes: int
+    peak_bytes: int | None
+    model_bytes: int | None
     attach_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -247,6 +249,11 @@ class Result:
         return Group(*tables, *(Text(line, style="dim") for line in lines))
 
 
+def mebibytes(count: int | None, digits: int) -> str:
+    """``-`` where it is not known."""
+    return "-" if count is None else f"{count / 2**20:.{digits}f}"
+
+
 COSTS = ("text", "step", "decode", "call", "operations", "denoiser's", "energy")
 
 
@@ -281,10 +288,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         f"  {row.name}" if row.kind == "control" else row.name,
         "-" if row.steps is None else str(row.steps),
-        f"{row.loop_seconds:.3g}",
+        "-" if row.loop_seconds is None else f"{row.loop_seconds:.3g}",
         "1" if row.kind == "reference" else f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]",
         "-" if psnr is None else f"{psnr.mean:.1f} / {psnr.worst_decile:.1f}",
         "-" if ssim is None else f"{ssim.mean:.4f}",
-        f"{row.peak_bytes / 2**20:.0f}",
-        f"{row.model_bytes / 2**20:.1f}",
+        mebibytes(row.peak_bytes, 0),
+        mebibytes(row.model_bytes, 1),
     )

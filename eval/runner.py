@@ -17,9 +17,21 @@ from diffaccel.eval.flops import count_flops
 from diffaccel.eval.generate import Job, generate
 from diffaccel.eval.measures import Chosen, text_of
 from diffaccel.eval.meter import metered
-from diffaccel.eval.store import REFERENCE, Store, digest
+from diffaccel.eval.peer_command import Command, Surroundings
+from diffaccel.eval.store import REFERENCE, Store, digest, slug
 from diffaccel.eval.variants import Variant
 from diffaccel.inspection.weights import module_bytes
+
+_UNKNOWN = {
+    "text_seconds": None,
+    "decode_seconds": None,
+    "step_seconds": (),
+    "steps": 0,
+    "denoiser_calls": 0,
+    "reserved_bytes": None,
+    "joules": None,
+}
+"""Costs of a program that we cannot look into."""
 
 
 class Runner:
@@ -35,7 +47,9 @@ class Runner:
         bar: Progress,
         total: int,
         flops: bool,
+        around: Surroundings | None = None,
     ) -> None:
+        self._around = around
         self._pipe, self._calls, self._store = pipe, calls, store
         self._measures, self._features, self._flops = measures, features, flops
         self._bar = bar
@@ -64,16 +78,19 @@ class Runner:
         self._bar.update(self._task, completed=done, total=total, description=variant.name)
         # On the first item, whoever runs it: the count is then the same for any number of processes.
         counted = [j for j in jobs if j.index == 0 and not self._store.records("flops", row=variant.name)]
-        counted = counted if self._flops else []
+        counted = counted if self._flops and not isinstance(variant.apply, Command) else []
         if not pending and not counted:
             return
         calls = dict(self._calls)
         if variant.steps is not None:
             calls["num_inference_steps"] = variant.steps
+        warm_up = calls if variant.steps is None else {**calls, "num_inference_steps": min(2, variant.steps)}
+        if isinstance(variant.apply, Command):
+            self._run_elsewhere(variant, variant.apply, pending, repeat, calls, warm_up)
+            return
         started = time.perf_counter()
         with variant.apply(self._pipe) as handle:
             attach_seconds = time.perf_counter() - started
-            warm_up = calls if variant.steps is None else {**calls, "num_inference_steps": min(2, variant.steps)}
             generate(self._pipe, (pending or counted)[0], warm_up)
             weights = sum(module_bytes(denoiser.module) for denoiser in find_denoisers(self._pipe))
             self._store.append(kind="row", row=variant.name, attach_seconds=attach_seconds, model_bytes=weights)
@@ -85,6 +102,26 @@ class Runner:
                 if number == len(pending) and hasattr(handle, "report"):
                     self._store.append(kind="report", row=variant.name, report=handle.report().to_dict())
                 self._keep(variant, job, repeat, sample, facts)
+
+    def _run_elsewhere(
+        self,
+        variant: Variant,
+        command: Command,
+        jobs: Sequence[Job],
+        repeat: int,
+        calls: Mapping[str, Any],
+        warm_up: Mapping[str, Any],
+    ) -> None:
+        """A row that is a program of its own: its samples and what it says that they cost."""
+        assert self._around is not None
+        folder = self._store.folder / "commands" / slug(variant.name)
+        for job, sample, told in command.run(jobs, calls, warm_up, self._around, folder):
+            weights, notes = told.pop("model_bytes"), told.pop("notes")
+            self._store.append(
+                kind="row", row=variant.name, attach_seconds=0.0, model_bytes=weights, notes=[str(n) for n in notes]
+            )
+            facts = {**_UNKNOWN, **told, **self._scored(variant, job, sample)}
+            self._keep(variant, job, repeat, sample, facts)
 
     def _count(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> None:
         """Operations of a call of its own, which is not timed."""
@@ -102,7 +139,11 @@ class Runner:
     def _measured(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """A sample with its costs and scores."""
         sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
-        facts: dict[str, Any] = dict(cost.__dict__)
+        return sample, {**cost.__dict__, **self._scored(variant, job, sample)}
+
+    def _scored(self, variant: Variant, job: Job, sample: np.ndarray) -> dict[str, Any]:
+        """What the measures say of a sample, and whether it is the reference's."""
+        facts: dict[str, Any] = {}
         reference = None if variant.kind == "reference" else self._store.load(REFERENCE, job.index)
         if reference is not None:
             if sample.shape != reference.shape:
@@ -113,7 +154,7 @@ class Runner:
             for m in self._measures
             if reference is not None or not m.measure.fidelity
         }
-        return sample, facts
+        return facts
 
     def _keep(self, variant: Variant, job: Job, repeat: int, sample: np.ndarray, facts: Mapping[str, Any]) -> None:
         """Write a sample down; it counts once its record is there, which comes last."""

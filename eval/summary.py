@@ -28,8 +28,10 @@ class RowSpec(Protocol):
 
 
 def speedup_of(store: Store, name: str) -> Ratio:
-    """Speed-up of the denoising loop over the items that both the row and the reference have."""
-    base, other = _loops(store, REFERENCE), _loops(store, name)
+    """Speed-up of the denoising loop over the items that both the row and the reference have; of the whole call where
+    the row is a program that does not tell its loop."""
+    field = _timed(store, name)
+    base, other = (_seconds(store, row, field) for row in (REFERENCE, name))
     common = sorted(base.keys() & other.keys())
     return speedup([base[key] for key in common], [other[key] for key in common])
 
@@ -82,8 +84,10 @@ def result_of(
     return Result(tuple(rows), prompts, seeds, conditions, restored, tuple(notes), store, loads)
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    return Spread.of(values) if len(values) else None
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    """Of what is known."""
+    known = [v for v in values if v is not None]
+    return Spread.of(known) if known else None
 
 
 def _stages(items: Sequence[Mapping[str, Any]]) -> dict[str, Spread]:
@@ -111,8 +115,14 @@ def _flops(store: Store, row: str) -> tuple[Flops | None, list[str]]:
     return Flops(record["total"], record["denoiser"], record["by_operator"]), notes
 
 
-def _loops(store: Store, name: str) -> dict[tuple[int, int], float]:
-    return {(r["item"], r["repeat"]): r["loop_seconds"] for r in store.records("item", row=name)}
+def _timed(store: Store, name: str) -> str:
+    """The field by which a row is timed."""
+    known = all(r["loop_seconds"] is not None for r in store.records("item", row=name))
+    return "loop_seconds" if known else "seconds"
+
+
+def _seconds(store: Store, name: str, field: str) -> dict[tuple[int, int], float]:
+    return {(r["item"], r["repeat"]): r[field] for r in store.records("item", row=name)}
 
 
 def _scores(store: Store, variant: RowSpec, measures: Sequence[Measure], jobs: Sequence[Job]) -> dict[str, Score]:
@@ -140,6 +150,10 @@ def _value(record: Mapping[str, Any], measure: Measure) -> float:
     return measure.cap if value is None else value
 
 
+def _median(records: Sequence[Mapping[str, Any]], field: str) -> float:
+    return float(np.median([r[field] for r in records]))
+
+
 def _row(
     store: Store,
     variant: RowSpec,
@@ -154,7 +168,9 @@ def _row(
     notes = [*report.get("notes", []), *(n for t in report.get("techniques", {}).values() for n in t["notes"])]
     flops, more = _flops(store, variant.name)
     notes += more
-    joules = [r["joules"] for r in items if r["joules"] is not None]
+    notes += dict.fromkeys(n for turn in turns for n in turn.get("notes", []))
+    if _timed(store, variant.name) == "seconds":
+        notes.append("it does not tell its loop: its speed-up is that of the whole call")
     digests = {r["item"]: r["digest"] for r in first}
     if any(r["digest"] != digests[r["item"]] for r in items):
         notes.append("its output differs from repeat to repeat")
@@ -163,19 +179,19 @@ def _row(
         kind=variant.kind,
         steps=variant.steps,
         control_of=control_of,
-        loop_seconds=float(np.median([r["loop_seconds"] for r in items])),
-        call_seconds=float(np.median([r["seconds"] for r in items])),
+        loop_seconds=None if _timed(store, variant.name) == "seconds" else _median(items, "loop_seconds"),
+        call_seconds=_median(items, "seconds"),
         speedup=speedup_of(store, variant.name),
         scores=scores,
         sets=sets,
         identical=len(first) if variant.kind == "reference" else sum(r["identical"] for r in first),
-        peak_bytes=max(r["peak_bytes"] for r in items),
+        peak_bytes=max((r["peak_bytes"] for r in items if r["peak_bytes"] is not None), default=None),
         model_bytes=turns[-1]["model_bytes"],
-        attach_seconds=float(np.median([t["attach_seconds"] for t in turns])),
+        attach_seconds=_median(turns, "attach_seconds"),
         notes=tuple(notes),
         report=report,
         stages=_stages(items),
         flops=flops,
-        joules=_spread(joules),
+        joules=_spread([r["joules"] for r in items]),
         reserved_bytes=max((r["reserved_bytes"] for r in items if r["reserved_bytes"] is not None), default=None),
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from diffaccel.eval.generate import Job, generate, steps_of
+from diffaccel.eval.peer_command import Command, Surroundings
+from diffaccel.eval.peers import PeerRow
 from diffaccel.eval.processes import Processes
-from diffaccel.eval.store import Store
+from diffaccel.eval.store import Store, slug
 from diffaccel.inspection.quiet import quiet
 from diffaccel.plan import Plan
 
@@ -21,15 +23,16 @@ Apply = Callable[[Any], AbstractContextManager[Any]]
 """Puts any acceleration on a pipeline: called with it, returns what takes it off again on leaving."""
 
 _TRIAL_STEPS = 6  # enough for caches to skip some
+_CALIBRATION_SEED = 2**31 - 1  # of no table
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row to be: how the pipeline is changed, and what its calls say instead."""
+    """One row to be: how the pipeline is changed, or the program that runs instead, and what its calls say instead."""
 
     name: str
     kind: str
-    apply: Apply
+    apply: Apply | Command
     steps: int | None = None
 
 
@@ -52,21 +55,60 @@ def apply_of(plan: PlanLike | Apply) -> Apply:
     return lambda pipe: accelerate(pipe, plan)
 
 
-def can_run(
-    name: str, apply: Apply, pipe: Any, job: Job, calls: Mapping[str, Any], store: Store, processes: Processes
-) -> bool:
-    """Whether a peer gets through a short call; if not, a note says why. Found out once, by process 0."""
-    if processes.first and not store.records("peer", row=name):
-        short = calls if steps_of(pipe, calls) is None else {**calls, "num_inference_steps": _TRIAL_STEPS}
-        reason = None
+@dataclass(frozen=True)
+class Trial:
+    """What finds out whether peers run on this pipeline.
+
+    Args:
+        job: an item of the run, with which a short call is tried.
+        calls: arguments of every call.
+        around: what programs of their own are told.
+    """
+
+    pipe: Any
+    job: Job
+    calls: Mapping[str, Any]
+    store: Store
+    processes: Processes
+    around: Surroundings | None
+
+    def peers(self, offered: Mapping[str, PeerRow | Command], steps: int | None) -> list[Variant]:
+        """The rows of those that run; of the others a note says why not."""
+        return [Variant(name, "peer", peer, steps) for name, peer in offered.items() if self._runs(name, peer)]
+
+    def _runs(self, name: str, peer: PeerRow | Command) -> bool:
+        """Found out once, by process 0; what has to be calibrated is so in every process and sitting."""
+        known = self.store.records("peer", row=name)
+        if self.processes.first and not known:
+            reason = self._obstacle(name, peer)
+            if reason is not None:
+                self.store.append(kind="note", text=f"{name} cannot run here: {reason:.300}")
+            self.store.append(kind="peer", row=name, runs=reason is None)
+        runs = self.processes.agree(self.processes.first and self.store.records("peer", row=name)[0]["runs"])
+        if runs and isinstance(peer, PeerRow):
+            with quiet(self.pipe):
+                self._prepare(peer)
+        return runs
+
+    def _obstacle(self, name: str, peer: PeerRow | Command) -> str | None:
+        steps = steps_of(self.pipe, self.calls)
+        short = self.calls if steps is None else {**self.calls, "num_inference_steps": _TRIAL_STEPS}
         try:
-            with quiet(pipe), apply(pipe):
-                generate(pipe, job, short)
+            if isinstance(peer, Command):
+                assert self.around is not None
+                list(peer.run([self.job], short, short, self.around, self.store.folder / "commands" / slug(name)))
+            else:
+                with quiet(self.pipe):
+                    self._prepare(peer)
+                    with peer(self.pipe):
+                        generate(self.pipe, self.job, short)
         except Exception as error:  # other people's code: anything can come out of it
-            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-            store.append(kind="note", text=f"{name} cannot run here: {reason:.300}")
-        store.append(kind="peer", row=name, runs=reason is None)
-    return processes.agree(processes.first and store.records("peer", row=name)[0]["runs"])
+            return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return None
+
+    def _prepare(self, peer: PeerRow) -> None:
+        other = replace(self.job, seed=_CALIBRATION_SEED)
+        peer.prepare(self.pipe, lambda: generate(self.pipe, other, self.calls), steps_of(self.pipe, self.calls))
 
 
 class _other_threads(AbstractContextManager[None]):

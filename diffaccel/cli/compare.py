@@ -34,6 +34,8 @@ diffaccel compare -m bundled:video --plan balanced --plan fast -n 16 -o out/comp
 
 diffaccel compare --plan fast --peer first-block-cache=0.12 --peer cache-dit --peer torch-compile
 
+diffaccel compare --peer torchao-int8+cache-dit=0.12 --peer "command:openvino=/opt/ov/bin/python openvino_peer.py"
+
 diffaccel compare --plan balanced --plan fast -n 160 --measure clip --measure fid
 
 diffaccel compare --plan fast --noise-floor --flops --details
@@ -49,7 +51,10 @@ def compare(
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help="Other people's acceleration beside: first-block-cache=0.08, cache-dit, ..., or all."),
+        typer.Option(
+            help="Acceleration of others beside: first-block-cache=0.08, cache-dit, torchao-int8+mag-cache=0.1 (both on top "
+            "of each other), all, or command:NAME=PROGRAM (one of its own, docs/evaluation.md). Several times."
+        ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line, or a JSON list.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 8,
