@@ -52,8 +52,8 @@ def compare(
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Acceleration of others beside: first-block-cache=0.08, cache-dit, torchao-int8+mag-cache=0.1 (both on top "
-            "of each other), all, or command:NAME=PROGRAM (one of its own, docs/evaluation.md). Several times."
+            help="Acceleration of others beside: first-block-cache=0.08, cache-dit, torchao-int8+mag-cache=0.1 (both "
+            "of them), all, or command:NAME=PROGRAM (one of its own, docs/evaluation.md). Several times."
         ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt per line, or a JSON list.")] = None,
