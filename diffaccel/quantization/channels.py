@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from diffaccel.clock import Call
 from diffaccel.denoiser import Site
+from diffaccel.kernels.hadamard import hadamard
 from diffaccel.plan import Artefacts
 from diffaccel.quantization.protection import ConstantRows
-from diffaccel.quantization.rotation import block_size, hadamard, random_signs
+from diffaccel.quantization.rotation import block_size, random_signs
 from diffaccel.quantization.schedule import Steps
 
 PREFIX = "quantization"
@@ -134,7 +135,7 @@ class ChannelRecorder:
             values = x.reshape(-1, x.shape[-1]).float()
             self._note(f"{name}.squares", values)
             if name in self._rotated:
-                turned = hadamard(values * random_signs(values.shape[-1], values.device))
+                turned = hadamard(values, random_signs(values.shape[-1], values.device))
                 self._note(f"{name}.rotated", turned)
             counts = torch.zeros(RANGES, dtype=torch.int64)
             counts[self._row] = len(values)

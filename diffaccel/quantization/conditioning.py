@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffaccel.quantization.rotation import hadamard
+from diffaccel.kernels.hadamard import hadamard
 
 # Of m, as a power of two: smaller ones would push half-precision activations below their range.
 _SMALLEST = -10
@@ -72,8 +72,9 @@ def condition_input(x: Tensor, before: Tensor | None, after: Tensor | None, *, r
         after: another one, after the rotation, where that comes first.
         rotated: whether it is turned in between.
     """
+    if rotated:
+        return hadamard(x, before, after)
     x = x if before is None else x * before.to(x.dtype)
-    x = hadamard(x) if rotated else x
     return x if after is None else x * after.to(x.dtype)
 
 
