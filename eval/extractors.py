@@ -53,7 +53,7 @@ def extractor_of(setting: str) -> Extractor:
     if kind == "torchscript":
         return _scripted(rest)
     if kind == "python":
-        return _imported(rest)
+        return imported(rest)
     from diffaccel.eval.metrics.clip import load_clip
 
     if kind in ("local-dir", "hf-hub"):
@@ -71,7 +71,12 @@ def _scripted(file: str) -> Extractor:
         raise ValueError(f"{file!r} is no network that torch.jit.save wrote: {reason:.200}") from None
 
 
-def _imported(name: str) -> Extractor:
+def imported(name: str) -> Any:
+    """What the function ``package.module:function`` returns, called without arguments.
+
+    Raises:
+        ValueError: there is no such function, or what it returns cannot be called.
+    """
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"write python:package.module:function, got python:{name}")
@@ -80,7 +85,7 @@ def _imported(name: str) -> Extractor:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"python:{name}: {error}") from None
     if not callable(extractor):
-        raise ValueError(f"python:{name} returned {type(extractor).__name__}, which cannot be called with pictures")
+        raise ValueError(f"python:{name} returned {type(extractor).__name__}, which cannot be called")
     return extractor
 
 

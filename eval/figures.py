@@ -5,6 +5,7 @@ matplotlib is imported when a figure is drawn, and drawn to without a display; i
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Sequence
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffaccel.errors import InputError
+from diffaccel.eval.measures import MEASURES, Score
 from diffaccel.eval.metrics.psnr import PSNR_CAP
 from diffaccel.eval.result import Result, Row
+from diffaccel.eval.sets import SETS, SetScore
 from diffaccel.eval.store import REFERENCE, Store, slug
 
 if TYPE_CHECKING:
@@ -102,7 +105,8 @@ def contact_sheet(result: Result, out: str | os.PathLike[str], *, limit: int = 8
 
 
 def speed_against_fidelity(result: Result, out: str | os.PathLike[str]) -> Path:
-    """Mean PSNR over speed-up, a bar down to the worst decile; the controls joined by a line that plans should beat.
+    """PSNR and every further measure of the run over speed-up, a panel each; of fidelities the bar goes to the worst
+    tenth, of others it is the interval. The controls are joined by a line that plans should beat.
 
     Args:
         result: of `compare`.
@@ -111,31 +115,73 @@ def speed_against_fidelity(result: Result, out: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: nothing was compared.
     """
-    scored = [row for row in result.rows if row.psnr is not None and row.kind != "noise floor"]
+    scored = [row for row in result.rows if row.kind not in ("reference", "noise floor")]
     if not scored:
         raise InputError("the result has no row beside the reference: nothing to draw")
-    figure = _figure(6.4, 4.2)
-    axis = figure.subplots()
-    for row in scored:
-        assert row.psnr is not None
-        colour, speed = _COLOURS[row.kind], row.speedup
-        ends = ([speed.value - speed.low], [speed.high - speed.value])
-        below = ([row.psnr.mean - row.psnr.worst_decile], [0])
-        axis.errorbar(speed.value, row.psnr.mean, yerr=below, xerr=ends, fmt="o", color=colour, capsize=2, linewidth=1)
-        axis.annotate(
-            row.name, (speed.value, row.psnr.mean), (5, 4), textcoords="offset points", fontsize=8, color=colour
+    names = [name for name in dict.fromkeys(n for row in scored for n in row.numbers()) if name != "ssim"]
+    columns = min(2, len(names))
+    lines = -(-len(names) // columns)
+    figure = _figure(6.4 * columns, 4.2 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for name, axis in zip(names, axes, strict=False):
+        _panel(axis, name, scored, result.row(REFERENCE))
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    count = f"{len(result.prompts)} prompts, {len(result.seeds)} seeds"
+    title = f"{result.conditions.get('pipeline', '')}, {count}, {result.conditions.get('device', '')}"
+    figure.suptitle(title, fontsize=9)
+    return _write(figure, out)
+
+
+def _panel(axis: Any, name: str, rows: Sequence[Row], reference: Row) -> None:
+    points = [(row, row.speedup, row.numbers()[name]) for row in rows if name in row.numbers()]
+    for row, speed, score in points:
+        colour = _COLOURS[row.kind]
+        value, low, high = _extent(name, score)
+        axis.errorbar(
+            speed.value,
+            value,
+            xerr=([speed.value - speed.low], [speed.high - speed.value]),
+            yerr=([value - low], [high - value]),
+            fmt="o",
+            color=colour,
+            capsize=2,
+            linewidth=1,
         )
-    controls = sorted((r.speedup.value, r.psnr.mean) for r in scored if r.kind == "control" and r.psnr)
+        axis.annotate(row.name, (speed.value, value), (5, 4), textcoords="offset points", fontsize=8, color=colour)
+    controls = sorted((speed.value, _extent(name, score)[0]) for row, speed, score in points if row.kind == "control")
     if len(controls) > 1:
         axis.plot(*zip(*controls, strict=True), "--", color=_COLOURS["control"], linewidth=1, zorder=0)
+    if name in reference.numbers():
+        axis.axhline(
+            _extent(name, reference.numbers()[name])[0], color=_COLOURS["reference"], linewidth=0.8, linestyle=":"
+        )
     axis.axvline(1, color=_COLOURS["reference"], linewidth=0.8, linestyle=":")
     axis.set_xlabel("speed-up of the denoising loop (95 % interval)")
-    axis.set_ylabel("PSNR in dB: mean, down to the worst tenth")
-    count = f"{len(result.prompts)} prompts, {len(result.seeds)} seeds"
-    axis.set_title(
-        f"{result.conditions.get('pipeline', '')}, {count}, {result.conditions.get('device', '')}", fontsize=9
-    )
-    return _write(figure, out)
+    axis.set_ylabel(_label(name))
+    if not _is_better_higher(name):
+        axis.invert_yaxis()  # up is better in every panel
+
+
+def _extent(name: str, score: Score | SetScore) -> tuple[float, float, float]:
+    """Value and the ends of its bar; an end that one prompt leaves open is the value."""
+    value = score.mean if isinstance(score, Score) else score.value
+    if isinstance(score, Score) and MEASURES[name].fidelity:
+        return value, min(value, score.worst_decile), max(value, score.worst_decile)
+    low, high = (end if math.isfinite(end) else value for end in (score.low, score.high))
+    return value, min(low, value), max(high, value)
+
+
+def _is_better_higher(name: str) -> bool:
+    return (MEASURES.get(name) or SETS[name]).higher_is_better
+
+
+def _label(name: str) -> str:
+    if name == "psnr":
+        return "PSNR in dB: mean, down to the worst tenth"
+    direction = "" if _is_better_higher(name) else " (lower is better)"
+    of_samples = name in MEASURES and MEASURES[name].fidelity
+    return f"{name}{direction}: {'mean, to the worst tenth' if of_samples else '95 % interval'}"
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -12,6 +12,7 @@ import numpy as np
 
 from diffaccel.errors import InputError, MissingPackageError, did_you_mean
 from diffaccel.eval.checker import check_image, check_video
+from diffaccel.eval.extractors import imported
 from diffaccel.eval.metrics.intervals import Interval, difference_interval, mean_interval, no_worse
 from diffaccel.eval.metrics.psnr import PSNR_CAP, psnr
 from diffaccel.eval.metrics.ssim import ssim
@@ -149,6 +150,36 @@ def _lpips(setting: str | None) -> Compute:
     return lambda sample, reference: lpips([sample], [reference]).item()
 
 
+def _preference(make: Callable[[str | None], Any]) -> Callable[[str | None], Compute]:
+    """A score of people's choices, by a scorer ``(picture, prompt) -> number``."""
+
+    def compute(setting: str | None) -> Compute:
+        from diffaccel.eval.metrics.preference import preference
+
+        scorer = make(setting)
+        return lambda sample, prompt: preference(scorer, [sample], [prompt]).item()
+
+    return compute
+
+
+def _image_reward(setting: str | None) -> Any:
+    from diffaccel.eval.metrics.preference import image_reward
+
+    return image_reward() if setting is None else image_reward(setting)
+
+
+def _hpsv2(setting: str | None) -> Any:
+    from diffaccel.eval.metrics.preference import hpsv2
+
+    return hpsv2() if setting is None else hpsv2(setting)
+
+
+def _own_scorer(setting: str | None) -> Any:
+    if setting is None or not setting.startswith("python:"):
+        raise ValueError("name a function that returns a scorer: preference=python:package.module:function")
+    return imported(setting.removeprefix("python:"))
+
+
 def _flicker(sample: np.ndarray, reference: np.ndarray) -> float:
     from diffaccel.eval.metrics.flicker import temporal_difference_error
 
@@ -166,6 +197,9 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             Measure("flicker", _plain(_flicker), higher_is_better=False, fidelity=True, of_video=True),
             Measure("clip", _clip_score),
             Measure("clip_temporal", _clip_temporal, of_video=True),
+            Measure("image_reward", _preference(_image_reward)),
+            Measure("hpsv2", _preference(_hpsv2)),
+            Measure("preference", _preference(_own_scorer)),
             Measure("adherence", _plain(adherence), check=parse),
         )
     }

@@ -14,6 +14,7 @@ from diffaccel.errors import InputError
 from diffaccel.eval.compare import compare
 from diffaccel.eval.extractors import extractor_of
 from diffaccel.eval.feature_store import Folder
+from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.gate import Requirement, judge, parse_requirements
 from diffaccel.eval.metrics.frechet import distance, frechet
 from diffaccel.eval.metrics.jackknife import jackknife
@@ -278,3 +279,9 @@ def test_clips_are_compared_whole(tmp_path):
     scores = result.row("1 step").sets
     assert scores["fvd"].value == pytest.approx(frechet(moves["1 step"], moves["reference"]).value, abs=1e-4)
     assert set(scores) == {"fvd", "fid"}
+
+
+def test_the_plot_has_a_panel_for_each_measure(run, tmp_path):
+    text = speed_against_fidelity(run, tmp_path / "plot.svg").read_text()
+    assert all(f"<!-- {label} -->" in text for label in ("fid (lower is better): 95 % interval", "1 step", "cache"))
+    assert "<!-- PSNR in dB: mean, down to the worst tenth -->" in text and text.count("axes_") >= 3

@@ -1,13 +1,14 @@
 """Measures summed up, and requirements that hold only where their bound does."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from diffaccel.errors import InputError
+from diffaccel.errors import InputError, MissingPackageError
 from diffaccel.eval.gate import Requirement, judge, parse_requirements
 from diffaccel.eval.measures import MEASURES, measures_of, score
 from diffaccel.eval.timing import Ratio
@@ -122,3 +123,18 @@ def test_measures_that_load_a_model(tmp_path):
     assert found["clip_temporal"](clip, "") < found["clip_temporal"](still, "") == pytest.approx(100, abs=1e-3)
     assert found["shapes_perceptual"](clip, clip) == 0 < found["shapes_perceptual"](clip, other)
     assert found["flicker"](clip, clip) == 0 < found["flicker"](clip, other)
+
+
+def brightness():
+    """A scorer of pictures for `preference`."""
+    return lambda picture, prompt: float(np.asarray(picture).mean()) + len(prompt)
+
+
+def test_scorers_of_ones_own(monkeypatch):
+    chosen = measures_of(["preference=python:test_gate:brightness"], ["a"])[-1]
+    assert chosen.compute(np.full((2, 8, 8, 3), 0.4, np.float32), "abc") == pytest.approx(102 + 3)
+    with pytest.raises(InputError, match="name a function that returns a scorer"):
+        measures_of(["preference"], ["a"])
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    with pytest.raises(MissingPackageError, match="pip install image-reward"):
+        measures_of(["image_reward"], ["a"])
