@@ -14,11 +14,12 @@ cost more, while random signs make sums of 128 terms nearly normal already.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from diffaccel.kernels._candidates import Trial, choose, token_bucket, worst_row_error
 from diffaccel.kernels.int8_linear import has_triton, quantize_per_token
 
 LARGEST_BLOCK = 128
@@ -128,17 +129,8 @@ def _hadamard_quantize(
     row_scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return q, row_scale
-    if block >= 16 and _has_kernel(x):
-        from diffaccel.kernels.hadamard_quantize import launch
-
-        launch(x, before, after, block, bits, q, row_scale)
-    elif x.device.type == "cpu":
-        rows = x.reshape(-1, x.shape[-1])
-        q_rows, scales = q.view(rows.shape), row_scale.view(-1, 1)
-        for part in _parts(rows):
-            q_rows[part], scales[part] = quantize_per_token(_rotated(rows[part], before, after, block), bits)
-    else:
-        return quantize_per_token(_hadamard(x.float(), before, after, block), bits)
+    run = _RUN[_resolve(x, before, block, bits)]
+    run(x.reshape(-1, x.shape[-1]), before, after, block, bits, q.view(-1, x.shape[-1]), row_scale.view(-1, 1))
     return q, row_scale
 
 
@@ -147,9 +139,66 @@ def _(x: Tensor, before: Tensor | None, after: Tensor | None, block: int, bits: 
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
+def _triton(
+    x: Tensor, before: Tensor | None, after: Tensor | None, block: int, bits: int, q: Tensor, row_scale: Tensor
+) -> None:
+    from diffaccel.kernels.hadamard_quantize import launch
+
+    launch(x, before, after, block, bits, q, row_scale)
+
+
+def _dense(
+    x: Tensor, before: Tensor | None, after: Tensor | None, block: int, bits: int, q: Tensor, row_scale: Tensor
+) -> None:
+    """Rotation, then quantisation; on the CPU for some rows at a time."""
+    if x.device.type == "cpu":
+        for part in _parts(x):
+            q[part], row_scale[part] = quantize_per_token(_rotated(x[part], before, after, block), bits)
+        return
+    values, scales = quantize_per_token(_hadamard(x.float(), before, after, block), bits)
+    q.copy_(values)
+    row_scale.copy_(scales)
+
+
+_RUN = {"triton": _triton, "dense": _dense}
+
+
 def _has_kernel(x: Tensor) -> bool:
-    """Tensor cores take no blocks below 16; on the CPU the interpreter is for tests."""
-    return x.is_cuda and has_triton(x.device, (8, 0))
+    return has_triton(x.device, (8, 0))
+
+
+def _resolve(x: Tensor, before: Tensor | None, block: int, bits: int) -> str:
+    """The candidate for ``x``. Tensor cores take no blocks below 16."""
+    if block < 16 or not _has_kernel(x):
+        return "dense"
+    K = x.shape[-1]
+    M = token_bucket(x.numel() // K)
+    shape = ("triton", f"M{M}", f"K{K}", x.dtype, f"B{block}", f"A{bits}", "plain" if before is None else "before")
+    build = partial(_trial, M, K, x, before is not None, block, bits)
+    return choose("hadamard_quantize", shape, x.device, ["triton", "dense"], build, default="dense")
+
+
+def _trial(M: int, K: int, like: Tensor, factors: bool, block: int, bits: int) -> Trial:
+    """Gaussian rows with an outlying channel."""
+    generator = torch.Generator(like.device).manual_seed(M + K)  # its own: the user's noise stays as it is
+    x = torch.randn(M, K, generator=generator, device=like.device)
+    x[:, K // 2] *= 50
+    x = x.to(like.dtype)
+    before = torch.ones(K, device=like.device) if factors else None
+    reference = hadamard_ref(x[:64], before, None, block)
+
+    def run(path: str) -> Tensor:
+        q = torch.empty(M, K, dtype=torch.int8, device=like.device)
+        row_scale = torch.empty(M, 1, device=like.device)
+        _RUN[path](x, before, None, block, bits, q, row_scale)
+        return q * row_scale
+
+    return Trial(
+        runs={path: partial(run, path) for path in ("triton", "dense")},
+        error=lambda y: worst_row_error(y[:64], reference),
+        tolerance=dict.fromkeys(("triton", "dense"), 8 * 2.0**-bits),  # of rounding: a third of it
+        baseline=lambda: quantize_per_token(x, bits)[0],
+    )
 
 
 def _parts(rows: Tensor) -> list[slice]:

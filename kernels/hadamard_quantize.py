@@ -104,11 +104,10 @@ SPECIMENS = tuple(
         fp_fusion=False,
     )
     for dtype, block, factors in (
-        ("bf16", 128, False),
         ("bf16", 128, True),
         ("fp16", 128, True),
         ("fp32", 128, True),
-        ("bf16", 64, True),
+        ("bf16", 128, False),
         ("bf16", 16, True),
     )
 )

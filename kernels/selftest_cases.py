@@ -24,22 +24,25 @@ from diffaccel.kernels.selftest import Case, NotHere, Subject, Surroundings
 
 # Rows whose result is compared: float64 over all of them would take longer than everything else, and not fit the card.
 _SAMPLES = 64
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 128
 _QUANTIZED = {"int8_linear": torch.int8, "fp8_linear": fp8_linear.FP8}
 
 
 def cases(device: torch.device) -> list[Case]:
     """Those for ``device``, one operator after the other."""
+    from diffaccel.kernels.selftest_packed import packed_cases  # which takes shapes and data from here
+
     found = [*_quantize_cases(device), *_linear_cases(device), *_attention_cases(device), *_permute_cases(device)]
+    found += packed_cases(device)
     if device.type == "cpu":
         found = [replace(case, timed=case.candidate != "triton") for case in found]
     # What is compiled is an operator of torch.library, whatever the shape: once for each dtype says all.
     first = {(case.operator, case.candidate, case.dtype): case.name for case in reversed(found)}.values()
-    return [replace(case, compiles=case.name in first) for case in found]
+    return [replace(case, compiles=case.compiles and case.name in first) for case in found]
 
 
-def _linears(device: torch.device) -> list[Linear]:
+def linears(device: torch.device) -> list[Linear]:
     if device.type == "cuda":
         return list(LINEARS)
     return [replace(s, M=min(s.M // 128, 90) + 1, N=s.N // 32 + 8, K=s.K // 32 + 8) for s in LINEARS[::3]]
@@ -51,7 +54,7 @@ def _attentions(device: torch.device) -> list[Attention]:
     return [replace(s, heads=2, tokens=min(s.tokens // 8, 400) + 5) for s in ATTENTIONS]
 
 
-def _has_triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
+def has_kernels(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
     """Whether kernels that multiply ``dtype`` run on ``device``."""
     if find_spec("triton") is None:
         return False
@@ -60,7 +63,7 @@ def _has_triton(device: torch.device, dtype: torch.dtype = torch.int8) -> bool:
     return runs_here(torch.empty(1, device=device), dtype)
 
 
-def _rows(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def signed_rows(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Gaussian, every other row of one sign: those are the sums that overflow first."""
     values = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=dtype)
     values[::4].abs_()
@@ -68,26 +71,26 @@ def _rows(rows: int, columns: int, dtype: torch.dtype, generator: torch.Generato
     return values
 
 
-def _sampled(rows: int, generator: torch.Generator) -> Tensor:
+def sampled_rows(rows: int, generator: torch.Generator) -> Tensor:
     """Indices of `_SAMPLES` rows, the last among them: what is left of a tile is where bounds go wrong."""
     chosen = torch.randperm(rows, generator=generator, device=generator.device)[:_SAMPLES]
     chosen[0] = rows - 1
     return chosen.unique()
 
 
-def _name(shape: Linear) -> str:
+def name_of(shape: Linear) -> str:
     return f"{shape.model.split()[0]} {shape.where}: M {shape.M}, N {shape.N}, K {shape.K}"
 
 
 def _quantize_cases(device: torch.device) -> Iterator[Case]:
     """After the adaptive LayerNorm of a block, which the kernel does in passing."""
     for operator, to in _QUANTIZED.items():
-        if not _has_triton(device, to):
+        if not has_kernels(device, to):
             continue
-        for shape in _linears(device):
-            for dtype in _DTYPES:
+        for shape in linears(device):
+            for dtype in DTYPES:
                 make = partial(_quantize, shape=shape, dtype=dtype, to=to)
-                name = f"to {str(to).removeprefix('torch.')}, {_name(shape)}"
+                name = f"to {str(to).removeprefix('torch.')}, {name_of(shape)}"
                 yield Case("token_quantize", "triton", dtype, name, make, ((operator, "triton"),))
 
 
@@ -95,9 +98,9 @@ def _quantize(around: Surroundings, shape: Linear, dtype: torch.dtype, to: torch
     from diffaccel.kernels.token_quantize import token_quantize, token_quantize_ref
 
     generator = torch.Generator(around.device).manual_seed(shape.M + shape.K)
-    x = around.place(_rows(shape.M, shape.K, dtype, generator))
-    scale, shift = (around.place(_rows(1, shape.K, dtype, generator)) for _ in range(2))
-    rows = _sampled(shape.M, generator)
+    x = around.place(signed_rows(shape.M, shape.K, dtype, generator))
+    scale, shift = (around.place(signed_rows(1, shape.K, dtype, generator)) for _ in range(2))
+    rows = sampled_rows(shape.M, generator)
     q, row_scale = token_quantize_ref(x[rows].double(), to, 1e-6, scale=scale[0], shift=shift[0])
 
     def run(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -111,28 +114,28 @@ def _quantize(around: Surroundings, shape: Linear, dtype: torch.dtype, to: torch
 def _linear_cases(device: torch.device) -> Iterator[Case]:
     for operator, paths in (("int8_linear", int8_linear._paths), ("fp8_linear", fp8_linear._paths)):
         # On the CPU our kernel is no candidate, but can be interpreted.
-        interpreted = device.type == "cpu" and _has_triton(device)
+        interpreted = device.type == "cpu" and has_kernels(device)
         for path in (*paths(device), *(["triton"] if interpreted else [])):
-            for shape in _linears(device):
-                for dtype in _DTYPES:
+            for shape in linears(device):
+                for dtype in DTYPES:
                     make = partial(_linear, shape=shape, dtype=dtype, operator=operator, path=path)
                     # Dense stands in for the others: a failure is reported and disables nothing.
                     disables = () if path == "dense" else ((operator, path),)
-                    if not (path in ("int_mm", "scaled_mm") and device.type == "cuda" and _refused(shape)):
-                        yield Case(operator, path, dtype, _name(shape), make, disables)
+                    if not (path in ("int_mm", "scaled_mm") and device.type == "cuda" and refused(shape)):
+                        yield Case(operator, path, dtype, name_of(shape), make, disables)
 
 
-def _refused(shape: Linear) -> bool:
+def refused(shape: Linear) -> bool:
     """What cuBLASLt does not take, so that the library is no candidate there."""
     return shape.M <= 16 or shape.K % 16 != 0 or shape.N % 16 != 0
 
 
 def _linear(around: Surroundings, shape: Linear, dtype: torch.dtype, operator: str, path: str) -> Subject:
     generator = torch.Generator(around.device).manual_seed(shape.M + shape.N + shape.K)
-    x = around.place(_rows(shape.M, shape.K, dtype, generator))
-    weight = _rows(shape.N, shape.K, torch.float32, generator)
-    bias = around.place(_rows(1, shape.N, dtype, generator)[0])
-    rows = _sampled(shape.M, generator)
+    x = around.place(signed_rows(shape.M, shape.K, dtype, generator))
+    weight = signed_rows(shape.N, shape.K, torch.float32, generator)
+    bias = around.place(signed_rows(1, shape.N, dtype, generator)[0])
+    rows = sampled_rows(shape.M, generator)
     module = int8_linear if operator == "int8_linear" else fp8_linear
     qweight, scale = module.quantize_per_channel(weight)
     scale = around.place(scale)
@@ -184,10 +187,10 @@ def _linear_run(
 
 def _attention_cases(device: torch.device) -> Iterator[Case]:
     for path in ("triton", "flex", "blocks"):
-        if path == "triton" and not _has_triton(device):
+        if path == "triton" and not has_kernels(device):
             continue
         for index, shape in enumerate(_attentions(device)):
-            for dtype, density in itertools.product(_DTYPES, DENSITIES[: 1 if index else None]):
+            for dtype, density in itertools.product(DTYPES, DENSITIES[: 1 if index else None]):
                 if path == "flex" and device.type == "cpu" and dtype != torch.float32:
                     continue  # each dtype takes many seconds to compile, and on the CPU no other is fast
                 name = f"{shape.model.split()[0]} {shape.where}: H {shape.heads}, N {shape.tokens}, D {shape.size}"
@@ -202,7 +205,7 @@ def _attention_cases(device: torch.device) -> Iterator[Case]:
 def _attention(around: Surroundings, shape: Attention, dtype: torch.dtype, density: float, path: str) -> Subject:
     H, N, D = shape.heads, shape.tokens, shape.size
     generator = torch.Generator(around.device).manual_seed(N + D)
-    q, k, v = (around.place(_rows(H * N, D, dtype, generator).view(1, H, N, D)) for _ in range(3))
+    q, k, v = (around.place(signed_rows(H * N, D, dtype, generator).view(1, H, N, D)) for _ in range(3))
     n = -(-N // _BLOCK)
     keep = torch.rand(H, n, n, generator=generator, device=around.device) < density
     keep |= torch.eye(n, dtype=torch.bool, device=around.device)
@@ -215,7 +218,7 @@ def _attention(around: Surroundings, shape: Attention, dtype: torch.dtype, densi
     taken = path_for(q, k, v, pattern, path=path)
     if taken.name != path:
         raise NotHere(taken.reason)
-    rows = _sampled(N, generator)
+    rows = sampled_rows(N, generator)
     return Subject(
         run=lambda q, k, v: block_sparse_attention(q, k, v, pattern, path=path),
         inputs=(q, k, v),
@@ -234,10 +237,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, rows: Tensor) -> Tens
 
 
 def _permute_cases(device: torch.device) -> Iterator[Case]:
-    if not _has_triton(device):
+    if not has_kernels(device):
         return
     for shape in _attentions(device):
-        for dtype in _DTYPES:
+        for dtype in DTYPES:
             name = f"{shape.model.split()[0]} {shape.where}: H {shape.heads}, N {shape.tokens}, D {shape.size}"
             make = partial(_permute, shape=shape, dtype=dtype)
             yield Case("permute_tokens", "triton", dtype, name, make, (("permute_tokens", "triton"),))
@@ -248,9 +251,9 @@ def _permute(around: Surroundings, shape: Attention, dtype: torch.dtype) -> Subj
 
     H, N, D = shape.heads, shape.tokens, shape.size
     generator = torch.Generator(around.device).manual_seed(N + D)
-    x = around.place(_rows(H * N, D, dtype, generator).view(1, H, N, D))
+    x = around.place(signed_rows(H * N, D, dtype, generator).view(1, H, N, D))
     order = torch.stack([torch.randperm(N, generator=generator, device=around.device) for _ in range(H)])
     placed = around.place(order.int())
-    rows = _sampled(N, generator)
+    rows = sampled_rows(N, generator)
     expected = torch.stack([x[0, h, order[h, rows]] for h in range(H)]).double()
     return Subject(permute_tokens, (x, placed), lambda y: y[0][:, rows], expected, 0.0)

@@ -284,23 +284,18 @@ def _(q: Tensor, nibbles: Tensor, multiplier: Tensor | None, row_scale: Tensor, 
 
 
 def _specimens() -> Iterator[Specimen]:
-    """Every configuration without groups and in groups; the larger ones also nested, and with a low-rank branch."""
+    """Every configuration in groups; the largest also per channel, nested, with a low-rank branch, in every dtype."""
     chips = tuple(MANY_TILES)
-    plain = [(f"M <= {rows}", config, 128, chips) for rows, config in FEW_ROWS.items()]
-    plain += [
-        ("odd rows", ODD_ROWS, 33, chips),
-        ("few tiles", FEW_TILES, 128, chips),
-        ("many tiles", _LARGE, 128, chips),
-    ]
-    nested = [
-        ("many tiles sm_80/89/120", _TWO_PLANES, 128, (80, 89, 120)),
-        ("many tiles sm_90/100", _LARGE, 128, (90, 100)),
-    ]
+    configurations = [(f"M <= {rows}", config, 128) for rows, config in FEW_ROWS.items()]
+    configurations += [("odd rows", ODD_ROWS, 33), ("few tiles", FEW_TILES, 128), ("many tiles", _LARGE, 128)]
+    many = configurations[-1]
     cases = [
-        *(("bf16", *case, None, "per channel") for case in plain),
-        *((dtype, *case, 64, "group 64") for dtype in ("bf16", "fp16", "fp32") for case in plain),
-        *((dtype, *case, 64, "nested") for dtype in ("bf16", "fp32") for case in nested),
-        *((dtype, *case, 64, "low rank") for dtype in ("bf16", "fp16", "fp32") for case in plain[-2:]),
+        *(("bf16", *case, chips, 64, "group 64") for case in configurations),
+        *((dtype, *many, chips, 64, "group 64") for dtype in ("fp16", "fp32")),
+        ("bf16", *many, chips, None, "per channel"),
+        ("bf16", "many tiles sm_80/89/120", _TWO_PLANES, 128, (80, 89, 120), 64, "nested"),
+        ("bf16", "many tiles sm_90/100", _LARGE, 128, (90, 100), 64, "nested"),
+        *((dtype, *many, chips, 64, "low rank") for dtype in ("bf16", "fp32")),
     ]
     for dtype, name, config, K, targets, group, variant in cases:
         fitted, gather = fitted_to_groups(config, K, group)

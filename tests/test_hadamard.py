@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffaccel.kernels import hadamard as module
 from diffaccel.kernels import hadamard_quantize as kernel
+from diffaccel.kernels._candidates import choices, forget
 from diffaccel.kernels.hadamard import block_for, hadamard, hadamard_quantize, hadamard_quantize_ref, hadamard_ref
 from diffaccel.kernels.int8_linear import int8_linear_ref, quantize_per_channel, quantize_per_token
 
@@ -24,10 +25,10 @@ def _fresh():
         yield
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["dense", "triton"])
 def path(request, monkeypatch):
     """As it runs on the CPU, and the kernel of CUDA in the interpreter."""
-    monkeypatch.setattr(module, "_has_kernel", lambda x: request.param == "triton")
+    monkeypatch.setattr(module, "_resolve", lambda *_: request.param)
 
 
 def data(M, K, dtype=torch.float32):
@@ -160,6 +161,21 @@ def test_opcheck_and_compile(path):
         return hadamard(x, None, after) + q * scale
 
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_is_chosen_by_measurement(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFACCEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_has_kernel", lambda x: True)
+    forget()
+    x, before, _ = data(5, 64)
+    state = torch.get_rng_state()
+    q, _ = hadamard_quantize(x, before)
+    (choice,) = choices("hadamard_quantize")
+    assert set(choice.seconds) == {"triton", "dense", "baseline"} and max(choice.error.values()) < 0.02
+    assert torch.equal(torch.get_rng_state(), state) and q.shape == (5, 64)
+    hadamard_quantize(x, before, None, 8)  # too small for the kernel
+    assert len(choices("hadamard_quantize")) == 1
+    forget()
 
 
 def test_fake():

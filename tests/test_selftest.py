@@ -15,6 +15,10 @@ from diffaccel.kernels.selftest import Case, Result, Subject, examine
 from diffaccel.kernels.selftest_cases import cases
 
 CPU = torch.device("cpu")
+OPERATORS = (
+    *("token_quantize", "int8_linear", "fp8_linear", "block_sparse_attention", "permute_tokens"),
+    *("int4_linear", "hadamard_quantize", "int8_conv"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -202,15 +206,12 @@ def test_cases_cover_every_kernel():
     found = cases(CPU)
     assert len({case.name for case in found}) == len(found)
     interpreted = {(case.operator, case.dtype) for case in found if case.candidate == "triton"}
-    operators = ("token_quantize", "int8_linear", "fp8_linear", "block_sparse_attention", "permute_tokens")
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    assert interpreted == {(operator, dtype) for operator in operators for dtype in dtypes}
+    assert interpreted == {(operator, dtype) for operator in OPERATORS for dtype in dtypes}
     assert all(("dense" not in (name for _, name in case.disables)) for case in found)
 
 
-@pytest.mark.parametrize(
-    "operator", ["token_quantize", "int8_linear", "fp8_linear", "block_sparse_attention", "permute_tokens"]
-)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_kernels_pass_in_the_interpreter(operator):
     found = [case for case in cases(CPU) if case.operator == operator and case.candidate == "triton"]
     assert examine(found[3], CPU).failures == {}
