@@ -5,8 +5,8 @@
 Four levels have no zero, which for two bits is the better use of them. They are nibbles too: `Int2Weight.expanded`
 gives the `Int4Weight` of the same values, with which every kernel of `packed_weight` computes, at twice the bytes.
 
-SQNR of a gaussian weight [256, 1152] in dB: 9.6 in groups of 32, 9.4 of 64, 9.3 of 128, 9.2 for each channel, where four
-even levels for all of it cannot do better than 9.25 (Max, IRE Trans. IT-6, 1960); with 4 bits 21.5, 20.8, 20.2, 19.4.
+SQNR of a gaussian weight [256, 1152] in dB: 9.6 in groups of 32, 9.4 of 64, 9.3 of 128, 9.2 for each channel, where
+four even levels for all of it cannot do better than 9.25 (Max, IRE Trans. IT-6, 1960). With 4 bits: 21.5 to 19.4.
 """
 
 from __future__ import annotations

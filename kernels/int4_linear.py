@@ -1,10 +1,11 @@
-"""Linear layer with a weight of 4 bits, or of 8 that contain 4 (`packed_weight`), and activations of 8 or 16:
+"""Linear layer with a weight of 4 bits, or of 8 that contain 4 (`packed_weight`), and activations of 8 or 16 (or 4):
 
     W4A8:   y = (q_x codes^T) * s_x * s_w + b + (x down^T) up^T        q_x, s_x: per token, as in `int8_linear`
     W4A16:  y = (x codes^T) * s_w + b + (x down^T) up^T
 
 The last term is the optional low-rank branch in the dtype of x (SVDQuant, arXiv:2411.05007, sec. 4.2). Given both
-planes of a nested weight the same products run with its 8-bit codes.
+planes of a nested weight the same products run with its 8-bit codes. W4A4 is W4A8 with coarser activations
+(`int4_activations`), and no faster.
 
 The weight stays packed. On CUDA our Triton kernels unpack it in registers (`w4a8_gemm`, `w4a16_gemm`); elsewhere, and
 in the library's candidates, some channels at a time are unpacked into a temporary and multiplied. On the CPU that takes
@@ -23,13 +24,15 @@ from torch import Tensor
 
 from diffaccel.kernels._candidates import Trial, choose, token_bucket, worst_row_error
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
+from diffaccel.kernels.int4_activations import quantize_per_token_int4
 from diffaccel.kernels.int8_linear import activation_bits, has_triton, quantize_per_token, saturating_data
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, unpack
 
 # Codes unpacked at a time: on the CPU they stay in the second-level cache; on a GPU so many that it is busy.
 _CODES = {"cpu": 1 << 20}
 _CODES_ELSEWHERE = 1 << 26
-ACTIVATIONS = ("int8", "float")
+_INT4_GROUP = 64  # of activations, where the weight has no groups
+ACTIVATIONS = ("int8", "int4", "float")
 
 
 def int4_linear_ref(
@@ -41,8 +44,9 @@ def int4_linear_ref(
     bits: int = 8,
 ) -> Tensor:
     """The definition, its products in float64; arguments as for `int4_linear`, ``bits`` of int8 activations."""
-    if activations == "int8":
-        q, row_scale = quantize_per_token(x, bits)
+    if activations != "float":
+        group = packed.high.group if isinstance(packed, NestedWeight) else packed.group
+        q, row_scale = _quantized(x, activations, group, bits)
         y = (q.double() @ packed.codes().double().t()) * packed.scale * row_scale
     else:
         y = x.double() @ packed.codes().double().t() * packed.scale
@@ -65,10 +69,11 @@ def int4_linear(
     Args:
         packed: [N, K]. A `NestedWeight` computes with its 8-bit codes, its ``high`` with 4 bits.
         bias: [N].
-        activations: "int8", quantised per token (7 bits where `int8_linear.activation_bits` says so), or "float".
+        activations: "int8", quantised per token (7 bits where `int8_linear.activation_bits` says so); "int4", per token
+            and group of the weight (64 columns where it has none); or "float".
         low_rank: down [R, K] and up [N, R], both in ``x.dtype``.
         path: "auto" measures the candidates at the first call of a shape class. "onednn", "int_mm", "triton" or "dense"
-            (activations not quantised) fixes one.
+            (activations not quantised to int8) fixes one.
 
     Raises:
         ValueError: Wrong dtype, shape or device, or a candidate that does not exist here.
@@ -143,12 +148,19 @@ class Planes(NamedTuple):
 LowRank = tuple[Tensor, Tensor] | None  # reduced [M, R] = x down^T, and up [N, R]
 
 
-def _onednn(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+def _quantized(x: Tensor, activations: str, group: int | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers and the scale of each token."""
+    if activations == "int4":
+        return quantize_per_token_int4(x, group or _INT4_GROUP, bits)
+    return quantize_per_token(x, bits)
+
+
+def _onednn(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
     """As in `int8_linear`, but codes go in as they are: bringing them into oneDNN's blocked layout takes as long as the
     product of 1024 tokens, whereas the product itself orders what it reads for next to nothing.
     """
     bits = activation_bits()
-    q, row_scale = quantize_per_token(x, bits)
+    q, row_scale = _quantized(x, activations, weight.group, bits)
     zero_point = 64 if bits == 7 else 128
     q = (q.add_(64) if bits == 7 else q.bitwise_xor_(-128)).view(torch.uint8)
     zero = torch.zeros(len(weight.scale), dtype=torch.int64)
@@ -161,17 +173,17 @@ def _onednn(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -
     return _completed(_by_channels(x, weight, product), row_scale, bias, low_rank)
 
 
-def _int_mm(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
-    q, row_scale = quantize_per_token(x)
+def _int_mm(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+    q, row_scale = _quantized(x, activations, weight.group, 8)
     y = _by_channels(x, weight, lambda codes, part: torch._int_mm(q, codes.t()).float().mul_(weight.scale[part]))
     return _completed(y, row_scale, bias, low_rank)
 
 
-def _triton_int8(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+def _triton_integer(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
     from diffaccel.kernels.token_quantize import token_quantize
     from diffaccel.kernels.w4a8_gemm import w4a8_gemm
 
-    q, row_scale = token_quantize(x)
+    q, row_scale = token_quantize(x) if activations == "int8" else _quantized(x, activations, weight.group, 8)
     nibbles, multiplier, scale, low, group = weight
     return w4a8_gemm(q, nibbles, multiplier, row_scale, scale, bias, low, low_rank, group, x.dtype)
 
@@ -197,6 +209,12 @@ def _dense(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) ->
     return y if low_rank is None else torch.addmm(y, low_rank[0], low_rank[1].t())
 
 
+def _dense_int4(x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+    """Unlike int8, 4 bits are not skipped where that is faster: they are asked for to see what they do."""
+    q, row_scale = _quantized(x, "int4", weight.group, 8 if x.is_cuda else activation_bits())
+    return _dense((q * row_scale).to(x.dtype), weight, bias, low_rank)
+
+
 def _by_channels(x: Tensor, weight: Planes, product: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """``product`` of the codes of some channels at a time, put together: [M, N]."""
     (M, K), N = x.shape, len(weight.scale)
@@ -220,11 +238,12 @@ def _completed(y: Tensor, scale: Tensor, bias: Tensor | None, low_rank: LowRank)
 
 
 _RUN: dict[tuple[str, str], Callable[[Tensor, Planes, Tensor | None, LowRank], Tensor]] = {
-    ("onednn", "int8"): _onednn,
-    ("int_mm", "int8"): _int_mm,
-    ("triton", "int8"): _triton_int8,
+    **{("onednn", integers): partial(_onednn, integers) for integers in ("int8", "int4")},
+    **{("int_mm", integers): partial(_int_mm, integers) for integers in ("int8", "int4")},
+    **{("triton", integers): partial(_triton_integer, integers) for integers in ("int8", "int4")},
     ("triton", "float"): _triton_float,
     ("dense", "int8"): _dense,
+    ("dense", "int4"): _dense_int4,
     ("dense", "float"): _dense,
 }
 
@@ -232,9 +251,9 @@ _RUN: dict[tuple[str, str], Callable[[Tensor, Planes, Tensor | None, LowRank], T
 def _paths(device: torch.device, activations: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Candidates that exist on ``device``."""
     if device.type == "cpu":
-        return ("onednn", "dense") if activations == "int8" and _has_onednn() else ("dense",)
-    library = ("int_mm",) if activations == "int8" and device.type == "cuda" else ()
-    ours = has_triton(device, (8, 0)) and (activations == "int8" or dtype != torch.float32)
+        return ("onednn", "dense") if activations != "float" and _has_onednn() else ("dense",)
+    library = ("int_mm",) if activations != "float" and device.type == "cuda" else ()
+    ours = has_triton(device, (8, 0)) and (activations != "float" or dtype != torch.float32)
     return (*library, *(("triton",) if ours else ()), "dense")
 
 
@@ -251,7 +270,7 @@ def _resolve(x: Tensor, weight: Planes, activations: str, paths: tuple[str, ...]
     if names == ["dense"]:
         return "dense"
     tokens = token_bucket(M)
-    bits = f"A{activation_bits(x.device)}" if activations == "int8" else "A16"
+    bits = {"int8": f"A{activation_bits(x.device)}", "int4": "A4", "float": "A16"}[activations]
     form = "nested" if weight.low is not None else f"group {weight.group}"
     shape = (names[0], f"M{tokens}", f"K{K}", f"N{N}", x.dtype, bits, form)
     build = partial(_trial, tokens, N, x, weight, activations, names)

@@ -30,7 +30,7 @@ def packed_cases(device: torch.device) -> list[Case]:
 
 def _linear_cases(device: torch.device) -> Iterator[Case]:
     """Some of the shapes, each with one form of the weight."""
-    for activations in int4_linear.ACTIVATIONS:
+    for activations in ("int8", "float"):
         for dtype in DTYPES:
             paths = int4_linear._paths(device, activations, dtype)
             # On the CPU our kernels are no candidates, but can be interpreted.

@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffaccel.kernels import int4_linear, int8_linear
 from diffaccel.kernels._candidates import choices, forget, worst_row_error
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
+from diffaccel.kernels.int4_activations import quantize_per_token_int4
 from diffaccel.kernels.int4_linear import ACTIVATIONS, int4_linear_ref
 from diffaccel.kernels.int8_linear import activation_bits, saturating_data
-from diffaccel.kernels.packed_weight import unpack
+from diffaccel.kernels.packed_weight import Int4Weight, unpack
 
 # Relative error of the worst row against the same integers in float64.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -39,7 +40,7 @@ def triton_on_cpu(monkeypatch):
     """The kernels in the interpreter, in place of a GPU's."""
 
     def paths(device, activations, dtype):
-        return ("triton", "dense") if activations == "int8" or dtype != torch.float32 else ("dense",)
+        return ("triton", "dense") if activations != "float" or dtype != torch.float32 else ("dense",)
 
     monkeypatch.setattr(int4_linear, "_paths", paths)
 
@@ -53,6 +54,11 @@ def by_hand(x, packed, bias, activations, low_rank, bits):
     """The formula once more, in float64."""
     x64, codes, scale = x.double(), packed.codes().double(), packed.scale.double()
     y = x64 @ codes.t() * scale
+    if activations == "int4":
+        codes4, row = quantize_per_token_int4(
+            x, packed.group if isinstance(packed, Int4Weight) and packed.group else 64, bits
+        )
+        y = codes4.double() @ codes.t() * scale * row.double()
     if activations == "int8":
         most = 2 ** (bits - 1) - 1
         row = (x.float().abs().amax(-1, keepdim=True) / most).clamp(min=2.0**-100)
@@ -71,13 +77,30 @@ def test_every_candidate_matches_float64(M, N, K, dtype, form):
     for activations in ACTIVATIONS:
         for path in int4_linear._paths(x.device, activations, dtype):
             y = int4_linear.int4_linear(x, packed, bias, activations, low_rank, path)
-            kind = "float" if path == "dense" else activations
+            kind = "float" if path == "dense" and activations == "int8" else activations
             assert y.dtype == dtype and y.shape == (M, N)
             assert worst_row_error(y, by_hand(x, packed, bias, kind, low_rank, bits)) < TOLERANCE[dtype]
             y = int4_linear.int4_linear(x, packed, activations=activations, path=path)
             assert worst_row_error(y, by_hand(x, packed, None, kind, None, bits)) < TOLERANCE[dtype]
         y = int4_linear_ref(x, packed, bias, activations, low_rank, bits)
         assert worst_row_error(y, by_hand(x, packed, bias, activations, low_rank, bits)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+def test_activations_of_4_bits(bits):
+    """Nibbles times a multiplier for each group, which reaches to its largest magnitude; half a step of error."""
+    x = torch.randn(6, 2, 130)
+    x[0, 0], x[1, 0, 3], x[2, :, :32] = 0, torch.nan, 0.01
+    codes, scale = quantize_per_token_int4(x, 32, bits)
+    assert codes.shape == x.shape and scale.shape == (6, 2, 1) and codes.int().abs().max() <= (105 if bits == 8 else 63)
+    assert (codes[0, 0] == 0).all() and scale[1, 0].isnan() and scale[1, 1].isfinite()
+    good = torch.cat([x[2:].flatten(0, 1), x[1, 1:]])
+    codes, scale = quantize_per_token_int4(good, 32, bits)
+    for part in range(0, 130, 32):
+        values, integers = good[:, part : part + 32], codes[:, part : part + 32].double()
+        step = torch.ceil(values.abs().amax(-1, keepdim=True) / 7 / scale - 1e-5).clamp(min=1)
+        assert (integers % step == 0).all()
+        assert ((integers * scale - values).abs() <= step * scale * 0.501).all()
 
 
 def test_the_integer_candidate_exists_here():
@@ -90,7 +113,7 @@ def test_triton_matches_float64(form, triton_on_cpu):
     for dtype in TOLERANCE:
         x, weight, bias, low_rank = data(9, 33, 71, dtype)
         packed = FORMS[form](weight)
-        for activations in ACTIVATIONS if dtype != torch.float32 else ("int8",):
+        for activations in ACTIVATIONS if dtype != torch.float32 else ("int8", "int4"):
             y = int4_linear.int4_linear(x, packed, bias, activations, low_rank, "triton")
             assert worst_row_error(y, by_hand(x, packed, bias, activations, low_rank, 8)) < TOLERANCE[dtype]
 
@@ -159,7 +182,7 @@ def test_wrong_input_is_refused():
     for arguments, message in [
         ((x[:, 1:], packed), r"expected x \[..., 40\]"),
         ((x, packed, bias[1:]), r"bias \[5\]"),
-        ((x, packed, bias, "int4"), "one of .*'int8', 'float'"),
+        ((x, packed, bias, "int2"), "one of .*'int8', 'int4', 'float'"),
         ((x, packed, bias, "int8", (down[:, 1:], up)), r"low_rank \[R, 40\]"),
         ((x, packed, bias, "int8", (down, up[:, 1:])), r"low_rank \[R, 40\]"),
         ((x, packed, bias, "int8", (down.half(), up)), "in torch.float32"),
