@@ -5,6 +5,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from test_quantization import alike, out, pixart, quantized, same, snapshot, sqnr, unchanged
 from torch import nn
+from zoo import ZOO
 
 from diffaccel import DiffAccelConfig, ModelError, Plan, PlanError, Quantize, accelerate
 from diffaccel.quantization.linear import QuantizedLinear
@@ -138,6 +139,32 @@ def test_bit_width_changes_over_the_steps(group):
         assert list(facts["schemes"]) == [f"W8A8 or W4A8{' g32' if group else ''}"]
     assert sqnr(before, outputs[0]) > 28 and 10 < sqnr(before, outputs[4]) < 25
     assert unchanged(model, start) and same(out(specimen, model), before)
+
+
+def test_blocks_share_graphs_whatever_they_store():
+    torch._dynamo.reset()
+    specimen, model = ZOO["pixart_sigma"], ZOO["pixart_sigma"].build()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for block in model.transformer_blocks:
+        block.compile(backend=backend, fullgraph=True)
+    how = {"rotate": True, "low_rank": 4}
+    sections = [Quantize(**how), Quantize(weights="int4", group=32, steps=(0.5, 1.0), **how)]
+    with accelerate(model, Plan(quantization=sections)) as accel:
+        accel.clock.start(4)
+        first = out(specimen, model)
+        assert len(graphs) == 2  # the first block gets its tokens with other strides
+        accel.clock.start(4, 3)
+        late = out(specimen, model)
+        assert len(graphs) == 4 and not same(first, late)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            accel.clock.start(4)
+            assert same(out(specimen, model), first)
+    torch._dynamo.reset()
 
 
 def test_a_baked_layer_of_two_widths_saves_the_wider(tmp_path):

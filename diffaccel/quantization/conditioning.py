@@ -121,9 +121,12 @@ def _truncated(weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _randomised(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.svd_lowrank`, which draws from the global generator, with that generator as it was afterwards."""
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight, rank + _OVERSAMPLE, niter=_POWER_ITERATIONS)
-    return u[:, :rank], s[:rank], v[:, :rank]
+    """The largest ``rank`` singular values and vectors, from the weight's action on a few random ones."""
+    generator = torch.Generator().manual_seed(0)  # its own, on the CPU: the user's noise stays as it is
+    v = torch.randn(weight.shape[1], rank + _OVERSAMPLE, generator=generator).to(weight)
+    q = torch.linalg.qr(weight @ v).Q
+    for _ in range(_POWER_ITERATIONS):
+        v = torch.linalg.qr(weight.T @ q).Q
+        q = torch.linalg.qr(weight @ v).Q
+    u, s, vt = torch.linalg.svd(q.T @ weight, full_matrices=False)
+    return q @ u[:, :rank], s[:rank], vt[:rank].T
