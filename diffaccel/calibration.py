@@ -162,7 +162,7 @@ def _as_plan(plan: Plan | Section) -> Plan:
         return plan
     if isinstance(plan, Section):
         if isinstance(plan, Quantize):
-            return Plan(quantization=plan)
+            return Plan(quantization=(plan,))
         return Plan(caching=plan) if isinstance(plan, StepCache) else Plan()
     raise PlanError(f"calibrate needs a Plan or a section such as StepCache(policy='mag'), got {type(plan).__name__}")
 

@@ -257,7 +257,7 @@ def _solve(s: Sensitivities, objective: Tensor, budgets: Mapping[str, float], *,
             per = _per_choice(s, kind)
             least = float(per.amin(1).sum())
             shares = (per / max(budget, 1e-300)).flatten().tolist()  # of the budget: HiGHS' tolerance is absolute
-            rows.append((dict(zip(index.flat, shares, strict=True)), -math.inf, 1.0))
+            rows.append((dict(enumerate(shares)), -math.inf, 1.0))
         if budget < least * (1 - 1e-9):
             raise PlanError(f"a budget of {budget:g} {kind} is too small: the cheapest choice takes {least:.4g}")
     entries = [(n, j, v) for n, (row, _, _) in enumerate(rows) for j, v in row.items()]

@@ -76,6 +76,7 @@ def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
         return
     channels = channels_of(context.artefacts, site)
     turned = section.balance is not None and section.rotate and section.first == "rotate"
+    assert isinstance(site.module, nn.Linear)
     if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
         raise PlanError(
             f"Quantize(balance=..., protect=...) needs what calibration measures, which this plan has none of for "

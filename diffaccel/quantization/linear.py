@@ -44,6 +44,9 @@ class QuantizedLinear(nn.Linear):
 
     runs: tuple[Run, ...]
     stored_names: tuple[str, ...]
+    scale: Tensor
+    kept_rows: Tensor
+    kept_outputs: Tensor
     original: Tensor
     bits: int
     weight_dtype: torch.dtype
@@ -63,7 +66,7 @@ class QuantizedLinear(nn.Linear):
         x = condition_input(input, tensors.get("before"), tensors.get("after"), rotated=run.rotated)
         y = KINDS[run.kind].linear(x, tensors, run, self.bias, self.bits)
         if "kept_rows" in self._buffers:
-            y = protect_rows(y, input, *(self._buffers[name] for name in PROTECTED))
+            y = protect_rows(y, input, self.kept_rows, self.kept_outputs)
         return y
 
     def tensors(self, run: Run) -> dict[str, Tensor]:
@@ -73,7 +76,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        return self._buffers["scale"].device
+        return self.scale.device
 
     @property
     def weight_only(self) -> bool:
@@ -158,7 +161,7 @@ class QuantizedLinear(nn.Linear):
         run = self.saved_run
         tensors = self.tensors(run)
         tensors |= KINDS[run.kind].unpack({name: tensors[name] for name in KINDS[run.kind].names if name in tensors})
-        return tensors | {name: self._buffers[name] for name in PROTECTED if name in self._buffers}
+        return tensors | {name: tensor for name, tensor in self.stored().items() if name in PROTECTED}
 
     @property
     def saved_run(self) -> Run:

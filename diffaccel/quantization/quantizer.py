@@ -170,7 +170,7 @@ def _describe(model: nn.Module) -> list[dict[str, Any]]:
 
 def _saved_runs(config: DiffAccelConfig) -> dict[str, Run]:
     """Layer -> how it runs. Raises ModelError where config.json says what this version does not know."""
-    runs = {}
+    runs: dict[str, Run] = {}
     for entry in config.saved:
         try:
             scheme = Scheme(entry["weights"], entry["activations"], entry.get("group"))

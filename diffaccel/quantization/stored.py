@@ -43,7 +43,9 @@ class Run:
 class Kind(Protocol):
     """One way of storing a weight [N, K]; ``tensors`` are by name, ``down`` and ``up`` of a branch included."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its tensors; some weights have no ``multiplier``."""
 
     def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         """Its tensors, as they are saved; float32 [N, K] in. Scales are NaN in channels that are not finite.
@@ -115,7 +117,7 @@ class _Fp8(_Plain):
 
 
 class _Int4(_Plain):
-    names = ("nibbles", "multiplier", "scale")
+    names: tuple[str, ...] = ("nibbles", "multiplier", "scale")
 
     def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         return quantize_int4(weight, group, importance).tensors()
