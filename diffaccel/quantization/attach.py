@@ -198,7 +198,10 @@ class QuantizedLinears:
 
 def _describe(section: Quantize) -> str:
     steps = "" if section.steps == _ALWAYS else f" for progress {section.steps[0]:g} to {section.steps[1]:g}"
-    return f"{section.form().label} on {section.sites}{steps}"
+    group = f" in groups of {section.group}" if section.group else ""
+    conditioning = section.form().conditioning.label
+    after = f", {conditioning}," if conditioning else ""
+    return f"{section.weights} weights{group}, {section.activations} activations{after} on {section.sites}{steps}"
 
 
 def _slower(resolved: Resolved, context: Context) -> list[str]:
