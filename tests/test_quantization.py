@@ -17,7 +17,7 @@ from zoo import ZOO
 import diffaccel.quantization.attach as quantization
 from diffaccel import DiffAccelConfig, DiffAccelError, ModelError, Plan, PlanError, Quantize, accelerate
 from diffaccel.denoiser import Denoiser
-from diffaccel.quantization.linear import QuantizedLinear
+from diffaccel.quantization.layer import QuantizedLayer
 from diffaccel.quantization.worth import worth_it
 
 PLAN = Plan(quantization=[Quantize()])
@@ -77,7 +77,7 @@ def pixart():
 
 
 def quantized(model):
-    return [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    return [m for m in model.modules() if isinstance(m, QuantizedLayer)]
 
 
 # --- close, and back to the bit ---------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_fused_qkv_before():
     model.fuse_qkv_projections()
     before = out(specimen, model)
     with accelerate(model, PLAN):
-        assert isinstance(model.transformer_blocks[0].attn.to_qkv, QuantizedLinear)
+        assert isinstance(model.transformer_blocks[0].attn.to_qkv, QuantizedLayer)
         assert SQNR < sqnr(before, out(specimen, model)) < 120
     assert same(out(specimen, model), before)
 
@@ -423,10 +423,10 @@ def test_left_alone_by_name():
             "shared by transformer.transformer_blocks.0.attn1.to_k.weight",
             "Special",
             "Parametrized",
-            "convol",
+            "channels of a convolution",
         ):
             assert reason in notes
-        assert type(block.attn1.to_k) is nn.Linear and isinstance(block.attn1.to_q, QuantizedLinear)
+        assert type(block.attn1.to_k) is nn.Linear and isinstance(block.attn1.to_q, QuantizedLayer)
     assert [type(m) for m in model.modules()] == start
 
 

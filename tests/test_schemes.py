@@ -1,8 +1,10 @@
 """Every scheme: close to what it promises, as small, undone to the bit, saved and loaded, and switched by step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from test_quantization import alike, out, pixart, quantized, same, snapshot, sqnr, unchanged
 from torch import nn
 from zoo import ZOO
@@ -244,3 +246,43 @@ def test_fp16_activations_near_their_largest():
     for settings, least, *_ in SCHEMES.values():
         with torch.no_grad(), accelerate(model, plan(sites="*", **settings)):
             assert sqnr([before], [layer(x).float()]) > least - 3
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+CONVS = Quantize(sites="conv skip")
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+def test_convolutions(activations, tmp_path):
+    specimen, model = ZOO["unet_sd15"], ZOO["unet_sd15"].build()
+    start, before = snapshot(model), out(specimen, model)
+    section = replace(CONVS, activations=activations, rotate=True)  # which is for linears: left out
+    accel = accelerate(model, Plan(quantization=section))
+    facts = accel.report().techniques[0].facts
+    assert facts["schemes"] == {"W8A8" if activations == "int8" else "W8A16": len(quantized(model))}
+    assert facts["bytes_after"] < 0.3 * facts["bytes_before"]
+    assert 22 < sqnr(before, out(specimen, model)) < 60
+    layer = quantized(model)[0]
+    assert layer.weight.shape == (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    accel.remove()
+    assert unchanged(model, start) and same(out(specimen, model), before)
+    accel = accelerate(model, Plan(quantization=section))
+    expected = out(specimen, model)
+    accel.bake()
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert len(quantized(loaded)) == len(quantized(model)) and alike(out(specimen, loaded), expected)
+
+
+def test_convolutions_by_step_and_in_other_widths():
+    specimen, model = ZOO["unet_sd15"], ZOO["unet_sd15"].build()
+    before = out(specimen, model)
+    with accelerate(model, Plan(quantization=replace(CONVS, steps=(0.5, 1.0)))) as accel:
+        accel.clock.start(3)
+        assert same(out(specimen, model), before)
+        accel.clock.start(3, 2)
+        assert not same(out(specimen, model), before)
+    with pytest.raises(PlanError, match="int8 only"):
+        accelerate(model, Plan(quantization=replace(CONVS, weights="int4")))
+    assert same(out(specimen, model), before)

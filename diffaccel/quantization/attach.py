@@ -17,8 +17,9 @@ from diffaccel.errors import PlanError
 from diffaccel.kernels._candidates import choices
 from diffaccel.originals import Originals, Parked
 from diffaccel.quantization.channels import channels_of
-from diffaccel.quantization.eligible import keeps_activations, parameter_users, refuse_group_offload, why_not
-from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized, refuse_loading
+from diffaccel.quantization.eligible import form_at, parameter_users, refuse_group_offload, why_not
+from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
+from diffaccel.quantization.linear import become_plain, become_quantized
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
 from diffaccel.quantization.rotation import block_size
@@ -57,11 +58,10 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
     for section in sections:
         usable = False
         for site in select(context.denoisers, section.sites, "layers"):
-            reason = why_not(site.module, users)
+            reason = why_not(site.module, users, section)
             if reason is None:
                 _check_calibrated(section, site, context)
-                form = section.form(float_activations=keeps_activations(section, site))
-                matches[site].append((section.steps, form))
+                matches[site].append((section.steps, form_at(section, site)))
                 usable = True
             elif site.full_name not in skipped[reason]:
                 skipped[reason].append(site.full_name)
@@ -72,11 +72,10 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
 
 
 def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
-    if not section.needs_calibration:
+    if not section.needs_calibration or not isinstance(site.module, nn.Linear):
         return
     channels = channels_of(context.artefacts, site)
     turned = section.balance is not None and section.rotate and section.first == "rotate"
-    assert isinstance(site.module, nn.Linear)
     if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
         raise PlanError(
             f"Quantize(balance=..., protect=...) needs what calibration measures, which this plan has none of for "
@@ -89,11 +88,10 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
     originals = Originals(context.originals, context.undo)
     phases = _follow_phases(resolved, context)
     notes = _slower(resolved, context)
-    layers: dict[Site, QuantizedLinear] = {}
+    layers: dict[Site, QuantizedLayer] = {}
     facts: Counter[str] = Counter()
     for site, schedule in resolved.sites.items():
-        layer = site.module
-        assert isinstance(layer, nn.Linear)
+        layer: Any = site.module
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
         facts["bytes_before"] += weight.nbytes
@@ -107,10 +105,10 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
                 )
             context.undo.callback(_restore, layer, parked, layer.__dict__.get("forward"))
             phase = phases.get((site.component, schedule))
-            runs, _ = runs_of(schedule, layer.in_features)
+            runs, _ = runs_of(schedule, weight.shape)
             become_quantized(layer, runs, tensors, weight.dtype, parked, phase, keep_original=keep)
             parked.store()
-        assert isinstance(layer, QuantizedLinear)
+        assert isinstance(layer, QuantizedLayer)
         layers[site] = layer
         facts["bytes_after"] += layer.stored_bytes
     for denoiser in context.denoisers:
@@ -125,7 +123,7 @@ def _follow_phases(resolved: Resolved, context: Context) -> dict[tuple[str, Sche
     phases: dict[tuple[str, Schedule], Phase] = {}
     for denoiser in context.denoisers:
         for schedule in {r for s, r in resolved.sites.items() if s.component == denoiser.component and len(r) > 1}:
-            phase = Phase(runs_of(schedule, 0)[1])  # which run is which does not depend on the width
+            phase = Phase(runs_of(schedule, (0, 0))[1])  # which run is which does not depend on the width
             phases[denoiser.component, schedule] = phase
             context.root(denoiser).listeners.append(_follow(phase))
     return phases
@@ -139,7 +137,7 @@ class QuantizedLinears:
         resolved: Resolved,
         context: Context,
         originals: Originals,
-        layers: dict[Site, QuantizedLinear],
+        layers: dict[Site, QuantizedLayer],
         bytes_: dict[str, int],
         notes: list[str],
     ) -> None:
@@ -186,13 +184,23 @@ class QuantizedLinears:
         return dict(count)
 
     def _kernels(self) -> dict[str, str]:
-        shapes = {(f"K{layer.in_features}", f"N{layer.out_features}") for layer in self._layers.values()}
+        """What runs, by operator (none named: int8_linear), tokens and sizes, with its speed beside the float layer."""
+        shapes = {layer.weight_shape for layer in self._layers.values()}
+        sizes = {(f"K{shape[1]}", f"N{shape[0]}") for shape in shapes if len(shape) == 2}
         used = {}
-        for choice in choices("int8_linear"):
+        for operator in ("int8_linear", "int4_linear", "fp8_linear"):
+            for choice in choices(operator):
+                words = choice.shape.split()
+                if any(K in words and N in words for K, N in sizes):
+                    factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
+                    prefix = "" if operator == "int8_linear" else f"{operator.split('_')[0]} "
+                    used[prefix + " ".join(words[1:4])] = f"{choice.name}{factor}"
+        convolutions = {f"C{shape[1]}_N{shape[0]}_k{shape[2]}x{shape[3]}" for shape in shapes if len(shape) == 4}
+        for choice in choices("int8_conv"):
             words = choice.shape.split()
-            if any(K in words and N in words for K, N in shapes):
+            if any(words[2].startswith(kind) for kind in convolutions):
                 factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
-                used[" ".join(words[1:4])] = f"{choice.name}{factor}"  # tokens and sizes
+                used[" ".join(words[1:3])] = f"{choice.name}{factor}"
         return used
 
 
@@ -233,10 +241,10 @@ def _follow(phase: Phase) -> Any:
     return listener
 
 
-def _restore(layer: nn.Linear, parked: Parked, forward: Any) -> None:
-    if isinstance(layer, QuantizedLinear):
+def _restore(layer: nn.Module, parked: Parked, forward: Any) -> None:
+    if isinstance(layer, QuantizedLayer):
         device, dtype = layer.device, layer.weight_dtype
-        become_linear(layer, parked.restore(device, dtype))
+        become_plain(layer, parked.restore(device, dtype))
         if forward is not None and "forward" not in layer.__dict__:
             layer.__dict__["forward"] = forward
 
@@ -253,7 +261,7 @@ def _is_finite(tensors: Mapping[str, Tensor]) -> bool:
 class _LoadGuard:
     """Refuses to load weights into quantized layers before the first weight of the model is loaded."""
 
-    def __init__(self, layers: dict[str, QuantizedLinear]) -> None:
+    def __init__(self, layers: dict[str, QuantizedLayer]) -> None:
         self._layers = layers
 
     def __call__(self, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

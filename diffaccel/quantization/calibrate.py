@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser, Site, select
 from diffaccel.errors import PlanError
@@ -37,7 +37,7 @@ def recorders_of(sections: Sequence[Quantize], denoisers: Sequence[Denoiser]) ->
         if not section.needs_calibration:
             continue
         for site in select(denoisers, section.sites, "layers"):
-            if why_not(site.module, users) is not None:
+            if not isinstance(site.module, nn.Linear) or why_not(site.module, users) is not None:
                 continue
             sites[site] = None
             if section.balance is not None and section.rotate and section.first == "rotate":

@@ -10,7 +10,8 @@ from torch import nn
 
 from diffaccel.denoiser import Denoiser, Site
 from diffaccel.errors import PlanError
-from diffaccel.quantization.linear import QuantizedLinear
+from diffaccel.quantization.layer import QuantizedLayer
+from diffaccel.quantization.scheme import Form
 from diffaccel.quantization.section import Quantize
 from diffaccel.sites import SitePattern
 
@@ -18,20 +19,28 @@ _MIN_FEATURES = 16
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]], *, loaded: bool = True) -> str | None:
+def why_not(
+    layer: nn.Module, users: Mapping[int, Sequence[str]], settings: Quantize | None = None, *, loaded: bool = True
+) -> str | None:
     """Why a layer cannot be quantized, or None.
 
     Args:
         layer: any linear or convolution.
         users: from `parameter_users`.
+        settings: what it is to become.
         loaded: False while a checkpoint is still to be read, when every weight is on the meta device.
     """
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, QuantizedLayer):
         return "already quantized by diffaccel"
-    if not isinstance(layer, nn.Linear):
-        return "convolutions are not quantized"
-    if type(layer) is not nn.Linear:
-        return f"a {type(layer).__name__} instead of a plain nn.Linear"
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return f"a {type(layer).__name__}: only linears and 2D convolutions are quantized"
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return f"a {type(layer).__name__} instead of a plain nn.Linear or nn.Conv2d"
+    if isinstance(layer, nn.Conv2d):
+        if settings is not None and settings.weights != "int8":
+            return "convolutions are quantized to int8 only"
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"a convolution with padding {layer.padding!r} of {layer.padding_mode}"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed at every call (weight_norm or a parametrization)"
@@ -49,9 +58,22 @@ def why_not(layer: nn.Module, users: Mapping[int, Sequence[str]], *, loaded: boo
         return f"its forward is already replaced ({hooks}); accelerate first, then add this"
     if len(sharing := users.get(id(weight), ())) > 1:
         return f"its weight is shared by {' and '.join(sharing)}"
-    if min(layer.in_features, layer.out_features) < _MIN_FEATURES:
-        return f"fewer than {_MIN_FEATURES} input or output features"
+    if min(_features(layer)) < _MIN_FEATURES:
+        kind = "features" if isinstance(layer, nn.Linear) else "channels of a convolution"
+        return f"fewer than {_MIN_FEATURES} input or output {kind}"
     return None
+
+
+def form_at(settings: Quantize, site: Site) -> Form:
+    """What ``site`` gets. Conditioning is for linears."""
+    form = settings.form(float_activations=keeps_activations(settings, site))
+    return form if isinstance(site.module, nn.Linear) else Form(form.scheme)
+
+
+def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels // layer.groups, layer.out_channels
 
 
 def keeps_activations(settings: Quantize, site: Site) -> bool:
@@ -67,10 +89,10 @@ def _is_ordinary(weight: nn.Parameter) -> bool:
     )
 
 
-def _hooks(layer: nn.Linear) -> str:
-    """Who replaced ``layer.forward``; empty where nobody did, or where removed hooks left nn.Linear's own behind."""
+def _hooks(layer: nn.Linear | nn.Conv2d) -> str:
+    """Who replaced ``layer.forward``; empty where nobody did, or where removed hooks left the class's own behind."""
     forward = layer.__dict__.get("forward")
-    if forward is None or getattr(forward, "__func__", None) is nn.Linear.forward:
+    if forward is None or getattr(forward, "__func__", None) is type(layer).forward:
         return ""
     registry = getattr(layer, "_diffusers_hook", None)
     names = list(getattr(registry, "hooks", {}))

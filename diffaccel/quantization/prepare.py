@@ -31,9 +31,9 @@ class _Store:
         return self.runs[0].suffix
 
 
-def runs_of(schedule: Schedule, columns: int) -> tuple[tuple[Run, ...], tuple[tuple[Steps, int], ...]]:
-    """How a layer with ``columns`` inputs runs, and which run (-1: as it was) each range of the schedule takes."""
-    stores = _stores(schedule, columns)
+def runs_of(schedule: Schedule, shape: Sequence[int]) -> tuple[tuple[Run, ...], tuple[tuple[Steps, int], ...]]:
+    """How a layer with a weight of this shape runs, and which run (-1: as it was) each range of the schedule takes."""
+    stores = _stores(schedule, shape)
     runs = tuple(run for store in stores for run in store.runs)
     forms = {(run.scheme, store.conditioning): runs.index(run) for store in stores for run in store.runs}
     pieces = tuple((steps, -1 if form is None else forms[form.scheme, form.conditioning]) for steps, form in schedule)
@@ -43,13 +43,13 @@ def runs_of(schedule: Schedule, columns: int) -> tuple[tuple[Run, ...], tuple[tu
 def prepare(
     weight: Tensor, bias: Tensor | None, schedule: Schedule, channels: Channels | None = None
 ) -> dict[str, Tensor]:
-    """The tensors, by name with suffix, of ``weight`` [N, K] in the forms of ``schedule``.
+    """The tensors, by name with suffix, of ``weight`` [N, K] (or of a convolution) in the forms of ``schedule``.
 
     Args:
         channels: what calibration measured; needed where the conditioning is balanced.
     """
     tensors: dict[str, Tensor] = {}
-    for store in _stores(schedule, weight.shape[1]):
+    for store in _stores(schedule, weight.shape):
         ranges = [s for s, form in schedule if form is not None and _reads(form, store)]
         made = _prepare(weight.detach().float(), store, ranges, channels, _half(weight.dtype))
         tensors |= {name + store.suffix: tensor for name, tensor in made.items()}
@@ -60,7 +60,7 @@ def prepare(
     return tensors
 
 
-def _stores(schedule: Schedule, columns: int) -> list[_Store]:
+def _stores(schedule: Schedule, shape: Sequence[int]) -> list[_Store]:
     """Forms with the same conditioning share a weight; int8 beside int4 in groups makes a nested one."""
     forms = list(dict.fromkeys(form for _, form in schedule if form is not None))
     stores: list[_Store] = []
@@ -74,7 +74,8 @@ def _stores(schedule: Schedule, columns: int) -> list[_Store]:
             kinds.setdefault(("nested", nests) if nested else (scheme.weights, scheme.group), []).append(scheme)
         for (kind, group), members in kinds.items():
             suffix = f"_{len(stores)}" if stores else ""
-            rotated = conditioning.rotate and block_size(columns) is not None
+            rotated = conditioning.rotate and block_size(shape[1]) is not None
+            kind = "int8_conv" if len(shape) == 4 else kind
             runs = tuple(Run(kind, scheme, group, rotated, suffix) for scheme in members)
             stores.append(_Store(kind, group, conditioning, runs))
     return stores

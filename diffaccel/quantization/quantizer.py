@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from diffaccel.denoiser import find_denoisers, select
 from diffaccel.errors import ModelError
 from diffaccel.quantization.config import DiffAccelConfig
-from diffaccel.quantization.eligible import keeps_activations, parameter_users, why_not
-from diffaccel.quantization.linear import SAVED, QuantizedLinear, become_linear, become_quantized
+from diffaccel.quantization.eligible import form_at, parameter_users, why_not
+from diffaccel.quantization.layer import SAVED, QuantizedLayer
+from diffaccel.quantization.linear import become_plain, become_quantized
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.register import register
 from diffaccel.quantization.schedule import Schedule
@@ -62,9 +63,9 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             runs = _saved_runs(self.quantization_config)
             for name, names in self._saved.items():
                 layer = model.get_submodule(name)
-                if type(layer) is not nn.Linear:
+                if type(layer) not in (nn.Linear, nn.Conv2d):
                     raise ModelError(
-                        f"{name} was saved as a quantized linear, but is a {type(layer).__name__} in this model"
+                        f"{name} was saved in quantized form, but is a {type(layer).__name__} in this model"
                     )
                 dtype = self.quantization_config.weight_dtype or layer.weight.dtype
                 empty = {n: torch.empty(0, device="meta") for n in names | set(_least(runs[name]))}
@@ -74,8 +75,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         settings = self.quantization_config.settings
         users = parameter_users([denoiser])
         for site in select([denoiser], settings.sites, "layers"):
-            if why_not(site.module, users, loaded=False) is None:
-                form = settings.form(float_activations=keeps_activations(settings, site))
+            if why_not(site.module, users, settings, loaded=False) is None:
+                form = form_at(settings, site)
                 self._planned[site.name] = (((0.0, 1.0), form),)
 
     def check_if_quantized_param(
@@ -103,26 +104,25 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         if name != "weight":  # diffusers has cast it to the model's dtype; the file has it in its own
             layer._buffers[name] = state_dict[param_name].to(target_device)
             return
-        assert isinstance(layer, nn.Linear)
         schedule = self._planned[owner]
         with torch.no_grad():
             tensors = prepare(param_value.to(target_device), None, schedule)
             if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point() and t.itemsize > 1):
                 raise ModelError(f"{param_name} holds values that are not finite")
-            become_quantized(layer, runs_of(schedule, layer.in_features)[0], tensors, param_value.dtype)
+            become_quantized(layer, runs_of(schedule, param_value.shape)[0], tensors, param_value.dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self._saved:
             layer = model.get_submodule(name)
-            assert isinstance(layer, QuantizedLinear)
+            assert isinstance(layer, QuantizedLayer)
             tensors, runs = layer.stored(), layer.runs
             dtype = layer.weight_dtype if layer.bias is None else layer.bias.dtype
-            become_linear(layer, None)
+            become_plain(layer, None)
             try:
                 complete = all(t.device.type != "meta" for t in tensors.values())
                 with torch.no_grad():  # in the form that is fastest here, one layer at a time
                     become_quantized(layer, runs, tensors, dtype)
-                    complete = complete and layer.dequantized().shape == (layer.out_features, layer.in_features)
+                    complete = complete and layer.dequantized().shape == layer.weight_shape
             except (KeyError, ValueError, RuntimeError) as error:
                 raise ModelError(
                     f"the checkpoint's tensors of {name} do not go together ({error}); save the model again"
@@ -135,14 +135,14 @@ class DiffAccelQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in model.modules():
-            if isinstance(layer, QuantizedLinear):
-                become_linear(layer, nn.Parameter(layer.dequantized(), requires_grad=False))
+            if isinstance(layer, QuantizedLayer):
+                become_plain(layer, nn.Parameter(layer.dequantized(), requires_grad=False))
         return model
 
 
 def mark_quantized(model: nn.Module, settings: Quantize) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.parked is None}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer) and m.parked is None}
     config = DiffAccelConfig(
         sites=settings.sites,
         dtype=min(str(layer.weight_dtype).removeprefix("torch.") for layer in layers.values()),
@@ -159,7 +159,7 @@ def _describe(model: nn.Module) -> list[dict[str, Any]]:
     """How the quantized layers run, with their names: what `_saved_runs` reads."""
     by_run: defaultdict[Run, list[str]] = defaultdict(list)
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear) and layer.parked is None:
+        if isinstance(layer, QuantizedLayer) and layer.parked is None:
             by_run[replace(layer.saved_run, suffix="")].append(name)
     entries = []
     for run, names in by_run.items():

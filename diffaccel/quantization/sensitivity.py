@@ -25,8 +25,8 @@ from diffaccel.denoiser import Site, select
 from diffaccel.errors import PlanError
 from diffaccel.plan import Artefacts, in_steps
 from diffaccel.quantization.channels import channels_of
-from diffaccel.quantization.eligible import keeps_activations, parameter_users, why_not
-from diffaccel.quantization.linear import QuantizedLinear, become_linear, become_quantized
+from diffaccel.quantization.eligible import form_at, parameter_users, why_not
+from diffaccel.quantization.linear import QuantizedLinear, become_plain, become_quantized
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.replay import Recorded, Recorder, at_work, errors
 from diffaccel.quantization.schedule import Schedule, Steps
@@ -120,7 +120,8 @@ def measure(
     artefacts = artefacts or Artefacts()
     with at_work(pipe, artefacts=artefacts) as context:
         users = parameter_users(context.denoisers)
-        chosen = [s for s in select(context.denoisers, sites, "layers") if why_not(s.module, users) is None]
+        linears = [s for s in select(context.denoisers, sites, "layers") if isinstance(s.module, nn.Linear)]
+        chosen = [s for s in linears if why_not(s.module, users) is None]
         if not chosen:
             raise PlanError(f"sites={sites!r} matches no linear that can be quantized")
         calls, latents = _record(pipe, context, requests, parts, calls_per_range)
@@ -188,7 +189,7 @@ def _fineness(candidate: Quantize) -> tuple[float, int, int]:
 
 
 def _schedule(site: Site, candidate: Quantize) -> Schedule:
-    return (((0.0, 1.0), candidate.form(float_activations=keeps_activations(candidate, site))),)
+    return (((0.0, 1.0), form_at(candidate, site)),)
 
 
 def _weight(site: Site) -> Tensor:
@@ -203,12 +204,12 @@ def _quantized(site: Site, schedule: Schedule, artefacts: Artefacts) -> Iterator
     assert isinstance(layer, nn.Linear)
     weight, forward = layer.weight, layer.__dict__.get("forward")
     tensors = prepare(weight, layer.bias, schedule, channels_of(artefacts, site))
-    become_quantized(layer, runs_of(schedule, layer.in_features)[0], tensors, weight.dtype)
+    become_quantized(layer, runs_of(schedule, weight.shape)[0], tensors, weight.dtype)
     assert isinstance(layer, QuantizedLinear)
     try:
         yield layer
     finally:
-        become_linear(layer, weight)  # type: ignore[arg-type]
+        become_plain(layer, weight)  # type: ignore[arg-type]
         if forward is not None:
             layer.__dict__["forward"] = forward
 

@@ -14,6 +14,7 @@ from diffaccel.kernels import fp8_linear as fp8
 from diffaccel.kernels import int8_linear as int8
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
 from diffaccel.kernels.int4_linear import int4_linear
+from diffaccel.kernels.int8_conv import quantize_filters
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, int4_from, nested_from
 from diffaccel.quantization.scheme import Scheme
 from diffaccel.quantization.weight import dequantize_weight, plain
@@ -133,6 +134,25 @@ class _Int4(_Plain):
         return int4_from(tensors, columns, run.group)
 
 
+class _Int8Filters(_Plain):
+    """Of a convolution, [N, C, kh, kw]; it packs them itself, since that depends on its geometry."""
+
+    names = ("qweight", "scale")
+
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
+        return dict(zip(self.names, quantize_filters(weight), strict=True))
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        qweight = tensors["qweight"]
+        return {"qweight": qweight.to_dense() if qweight.is_mkldnn else qweight, "scale": tensors["scale"]}
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        return self.unpack(tensors)["qweight"].float() * tensors["scale"][:, None, None, None]
+
+    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+        raise NotImplementedError("a convolution runs by its own forward")
+
+
 class _Nested(_Int4):
     """One weight that is read as int8 or as int4."""
 
@@ -159,7 +179,13 @@ def _with_branch(y: Tensor, x: Tensor, tensors: Tensors) -> Tensor:
     return y if branch is None else y + F.linear(F.linear(x, branch[0]), branch[1])
 
 
-KINDS: dict[str, Kind] = {"int8": _Int8(), "fp8": _Fp8(), "int4": _Int4(), "nested": _Nested()}
+KINDS: dict[str, Kind] = {
+    "int8": _Int8(),
+    "fp8": _Fp8(),
+    "int4": _Int4(),
+    "nested": _Nested(),
+    "int8_conv": _Int8Filters(),
+}
 """By the name that `Run.kind` and saved models use."""
 
 NAMES = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.names))
