@@ -66,7 +66,7 @@ def side_by_side(result: Result, plan: str, out: str | os.PathLike[str], *, item
     axes = figure.subplots(len(items), 3, squeeze=False)
     for line, item in zip(axes, items, strict=True):
         prompt, seed = _item(result, item)
-        original, fast = store.load(REFERENCE, item), store.load(plan, item)
+        original, fast = store.shown(REFERENCE, item), store.shown(plan, item)
         db = store.records("item", row=plan, item=item)[0]["scores"]["psnr"]  # files of clips have losses
         db = PSNR_CAP if db is None else db
         difference = (np.abs(fast - original) * _AMPLIFY).clip(0, 1)
@@ -96,7 +96,7 @@ def contact_sheet(result: Result, out: str | os.PathLike[str], *, limit: int = 8
             prompt, seed = _item(result, item)
             _show(
                 axis,
-                _middle(store.load(row.name, item)),
+                _middle(store.shown(row.name, item)),
                 textwrap.fill(f"{prompt}, seed {seed}", 36) if row is result.rows[0] else "",
                 5,
             )

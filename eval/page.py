@@ -57,7 +57,7 @@ def write_page(
         {
             "prompt": result.prompts[item // len(result.seeds)],
             "seed": result.seeds[item % len(result.seeds)],
-            "pictures": {row.name: _embedded(result.store.load(row.name, item), quality) for row in rows},
+            "pictures": {row.name: _embedded(result.store.shown(row.name, item), quality) for row in rows},
             "values": {row.name: _values(result, row, item) for row in rows},
         }
         for item in shown
@@ -126,10 +126,16 @@ def _cells(row: Row) -> dict[str, Any]:
         "speed_interval": "" if row.kind == "reference" else f"[{speed.low:.2f}, {speed.high:.2f}]",
         "psnr": "" if row.psnr is None else f"{row.psnr.mean:.1f}",
         "worst": "" if row.psnr is None else f"{row.psnr.worst_decile:.1f}",
-        "scores": {name: score_text(score, 4) for name, score in row.numbers().items()},
+        "scores": {name: score_text(score, 4).split(" ", 1) for name, score in row.numbers().items()},
         "peak": mebibytes(row.peak_bytes, 0),
         "model": mebibytes(row.model_bytes, 1),
     }
+
+
+def _processor(result: Result) -> str:
+    assert result.store is not None
+    known = json.loads((result.store.folder / "environment.json").read_text())
+    return f", {known['processor']} ({known['cores']} cores), {known['date']}"
 
 
 def _conditions(result: Result) -> list[tuple[str, str]]:
@@ -138,7 +144,7 @@ def _conditions(result: Result) -> list[tuple[str, str]]:
     calls = ", ".join(f"{name}={value}" for name, value in c.get("calls", {}).items())
     return [
         ("prompts and seeds", f"{len(result.prompts)} prompts, seeds {', '.join(map(str, result.seeds))}, batch 1"),
-        ("machine", f"{c.get('device')}, {c.get('dtype')}, {c.get('threads')} threads"),
+        ("machine", f"{c.get('device')}, {c.get('dtype')}, {c.get('threads')} threads{_processor(result)}"),
         ("call", calls),
         ("versions", versions),
         *([("loading", f"{result.load_seconds.median:.3g} s")] if result.load_seconds else []),

@@ -191,11 +191,13 @@ class Result:
         names = list(dict.fromkeys(name for row in self.rows for name in row.numbers() if name not in FIDELITY))
         if not names:
             return None
-        table = Table("", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title="Mean [95 % interval]")
+        table.add_column("", overflow="fold", min_width=9)
         for name in names:
-            table.add_column(f"{name}\n95 % interval", justify="right")
+            table.add_column(name, justify="right")
         for row in self.in_order():
-            table.add_row(row.name, *(score_text(row.numbers().get(name)) for name in names), style=_style(row))
+            cells = (score_text(row.numbers().get(name)).replace(" [", "\n[", 1) for name in names)
+            table.add_row(row.name, *cells, style=_style(row))
         return table
 
     def in_order(self) -> list[Row]:

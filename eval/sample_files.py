@@ -11,6 +11,10 @@ SUFFIXES = (".npy", ".png", ".mp4")
 """From exact to lossy: the order in which a sample is looked for."""
 
 
+SMALL = 2**20
+"""Clips of up to so many values keep their frames in any case: they lose most in an mp4, and take little room."""
+
+
 def to_bytes(sample: np.ndarray) -> np.ndarray:
     """Floats in [0, 1] -> uint8, rounded."""
     return (sample.clip(0, 1) * 255).round().astype(np.uint8)
@@ -21,7 +25,7 @@ def suffixes_of(sample: np.ndarray, *, exact: bool, lossless: bool) -> tuple[str
 
     Args:
         exact: also as it is, in float32, to be compared with to the bit.
-        lossless: also as 8-bit frames, where a clip would only become an mp4.
+        lossless: also as 8-bit frames, where a clip of more than `SMALL` values would only become an mp4.
     """
     frames, height, width, channels = sample.shape
     if frames == 1 and channels != 4:
@@ -30,7 +34,8 @@ def suffixes_of(sample: np.ndarray, *, exact: bool, lossless: bool) -> tuple[str
         shown = (".mp4",)
     else:  # mp4 holds no alpha and no odd sides
         shown = ()
-    return (".npy", *shown) if exact or not shown or (lossless and shown == (".mp4",)) else shown
+    frames_too = shown == (".mp4",) and (lossless or sample.size <= SMALL)
+    return (".npy", *shown) if exact or frames_too or not shown else shown
 
 
 def write_sample(file: Path, sample: np.ndarray, *, exact: bool = False) -> None:

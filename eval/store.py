@@ -5,7 +5,7 @@
 ``environment.json``          machine, packages and command of the first sitting
 ``records.jsonl``             one line per event; further processes of the run write ``records-<rank>.jsonl``
 ``outputs/<row>/<item>.png``  every sample, clips as ``.mp4``; the reference also as float32 ``.npy``, since others are
-                              compared with it to the bit; with ``lossless`` every clip as 8-bit ``.npy`` too
+                              compared with it to the bit; small clips, with ``lossless`` all, as 8-bit ``.npy`` too
 ``features/``                 see `diffaccel.eval.feature_store`
 ``samples.jsonl``             at the end: a row and an item a line, with file, scores and costs
 ============================  =========================================================================================
@@ -201,6 +201,17 @@ class Store:
         if found is None:
             raise FileNotFoundError(f"no sample {stem}")
         return found
+
+    def shown(self, row: str, item: int) -> np.ndarray:
+        """As `load`, for people: every row in the same form, so that none differs by the losses of its file alone.
+
+        Raises:
+            FileNotFoundError: it was not generated.
+        """
+        others = [f.suffix for f in (self.folder / "outputs").glob(f"*/{item:04d}.*")]
+        lossy = ".mp4" in others and others.count(".mp4") > others.count(".npy")  # only the reference has its frames
+        stem = self._stem(row, item)
+        return read_sample(stem.with_suffix(".mp4")) if lossy else self.load(row, item)
 
     def load(self, row: str, item: int) -> np.ndarray:
         """One sample as float32 ``[F, H, W, C]`` in [0, 1]; to the bit for the reference.

@@ -207,7 +207,8 @@ def _sample(frames=4, height=6, width=8, channels=3):
         ((1, 6, 8, 1), False, (".png",)),
     ],
 )
-def test_what_samples_are_written_as(tmp_path, shape, lossless, wanted):
+def test_what_samples_are_written_as(tmp_path, monkeypatch, shape, lossless, wanted):
+    monkeypatch.setattr("diffaccel.eval.sample_files.SMALL", 0)
     sample = _sample(*shape)
     assert suffixes_of(sample, exact=False, lossless=lossless) == wanted
     assert suffixes_of(sample, exact=True, lossless=lossless)[0] == ".npy"
@@ -220,7 +221,12 @@ def test_what_samples_are_written_as(tmp_path, shape, lossless, wanted):
     assert np.array_equal(read_sample(tmp_path / "exact.npy"), sample)
 
 
-def test_clips_are_mp4_and_frames_where_wanted(tmp_path):
+def test_small_clips_keep_their_frames():
+    assert suffixes_of(_sample(), exact=False, lossless=False) == (".npy", ".mp4")
+
+
+def test_clips_are_mp4_and_frames_where_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffaccel.eval.sample_files.SMALL", 0)
     more = {"name": "wan", "prompts": PROMPTS[:1], "controls": ()}
     result = run(tmp_path / "lossy", **more)
     assert {p.suffix for p in (tmp_path / "lossy" / "outputs" / "cache").iterdir()} == {".mp4"}
@@ -230,5 +236,8 @@ def test_clips_are_mp4_and_frames_where_wanted(tmp_path):
     for one in (result, exact):
         assert one.row("cache").scores["psnr"].mean == result.row("cache").scores["psnr"].mean  # before any file
     assert np.abs(result.store.load("cache", 0) - exact.store.load("cache", 0)).mean() < 0.2
+    shown = result.store.shown("reference", 0)  # as lossy as the others
+    assert np.abs(shown - result.store.load("reference", 0)).max() > 0
+    assert np.array_equal(exact.store.shown("reference", 0), exact.store.load("reference", 0))
     with pytest.raises(InputError, match="lossless: false there, true here"):
         run(tmp_path / "lossy", lossless=True, **more)
