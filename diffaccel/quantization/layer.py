@@ -42,6 +42,7 @@ class QuantizedLayer(nn.Module):
 
     runs: tuple[Run, ...]
     stored_names: tuple[str, ...]
+    qweight: Tensor
     scale: Tensor
     kept_rows: Tensor
     kept_outputs: Tensor
@@ -50,7 +51,6 @@ class QuantizedLayer(nn.Module):
     weight_dtype: torch.dtype
     parked: Parked | None
     phase: Phase | None
-    bias: nn.Parameter | None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class QuantizedLayer(nn.Module):
         return any(run.scheme.activations == "int8" for run in self.runs)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """What the layer multiplies with first in the schedule, dequantised; see `QuantizedWeight`."""
         if torch.compiler.is_compiling():
             return self.dequantized()
@@ -145,7 +145,7 @@ class QuantizedLayer(nn.Module):
             values = {"weight": self.parked.read()}
         else:
             values = dict(self.saved())
-        values["bias"] = self.bias
+        values["bias"] = self._parameters["bias"]
         for name, value in values.items():
             if value is not None:
                 destination[prefix + name] = value if keep_vars else value.detach()

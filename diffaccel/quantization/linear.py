@@ -18,7 +18,7 @@ from diffaccel.quantization.schedule import Phase
 from diffaccel.quantization.stored import KINDS, Run
 
 
-class QuantizedLinear(QuantizedLayer, nn.Linear):
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
     """An `nn.Linear` that was turned into this by `become_quantized`."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is nn.Linear's)
@@ -46,7 +46,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return KINDS[runs[0].kind].pack(tensors, integer_activations=integer)
 
 
-class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
     """An `nn.Conv2d` that was turned into this by `become_quantized`; W8A8 or W8A16 (MixDQ, arXiv:2405.17873)."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the name is nn.Conv2d's)

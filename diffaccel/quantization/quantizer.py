@@ -63,11 +63,12 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             runs = _saved_runs(self.quantization_config)
             for name, names in self._saved.items():
                 layer = model.get_submodule(name)
-                if type(layer) not in (nn.Linear, nn.Conv2d):
+                weight = layer._parameters.get("weight")
+                if type(layer) not in (nn.Linear, nn.Conv2d) or weight is None:
                     raise ModelError(
                         f"{name} was saved in quantized form, but is a {type(layer).__name__} in this model"
                     )
-                dtype = self.quantization_config.weight_dtype or layer.weight.dtype
+                dtype = self.quantization_config.weight_dtype or weight.dtype
                 empty = {n: torch.empty(0, device="meta") for n in names | set(_least(runs[name]))}
                 become_quantized(layer, [runs[name]], empty, dtype)
             return
@@ -116,7 +117,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, QuantizedLayer)
             tensors, runs = layer.stored(), layer.runs
-            dtype = layer.weight_dtype if layer.bias is None else layer.bias.dtype
+            bias = layer._parameters["bias"]
+            dtype = layer.weight_dtype if bias is None else bias.dtype
             become_plain(layer, None)
             try:
                 complete = all(t.device.type != "meta" for t in tensors.values())

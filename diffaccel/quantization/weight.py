@@ -47,7 +47,7 @@ class QuantizedWeight(Tensor):
     def __new__(
         cls,
         values: Callable[[], Tensor],
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         stored: str,
