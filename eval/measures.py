@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffaccel.errors import InputError, MissingPackageError, did_you_mean
 from diffaccel.eval.checker import check_image, check_video
@@ -40,6 +41,7 @@ class Measure:
         higher_is_better: its direction.
         fidelity: whether it compares with the reference; the others judge a sample by itself, the reference's too.
         of_video: whether it needs several frames.
+        of_latents: whether it gets latents, of any shape and range, in place of samples; such a measure is a fidelity.
         cap: what an infinite value counts as in a mean.
         check: raises InputError for a prompt that it cannot judge by.
     """
@@ -49,6 +51,7 @@ class Measure:
     higher_is_better: bool = True
     fidelity: bool = False
     of_video: bool = False
+    of_latents: bool = False
     cap: float = math.inf
     check: Callable[[str], object] | None = None
 
@@ -180,6 +183,12 @@ def _own_scorer(setting: str | None) -> Any:
     return imported(setting.removeprefix("python:"))
 
 
+def _latent_cosine(latents: np.ndarray, reference: np.ndarray) -> float:
+    from diffaccel.eval.metrics.cosine import latent_cosine
+
+    return latent_cosine(*(torch.from_numpy(x).flatten()[None] for x in (latents, reference))).item()
+
+
 def _flicker(sample: np.ndarray, reference: np.ndarray) -> float:
     from diffaccel.eval.metrics.flicker import temporal_difference_error
 
@@ -195,6 +204,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             Measure("lpips", _lpips, higher_is_better=False, fidelity=True),
             Measure("shapes_perceptual", _perceptual, higher_is_better=False, fidelity=True),
             Measure("flicker", _plain(_flicker), higher_is_better=False, fidelity=True, of_video=True),
+            Measure("latent_cosine", _plain(_latent_cosine), fidelity=True, of_latents=True),
             Measure("clip", _clip_score),
             Measure("clip_temporal", _clip_temporal, of_video=True),
             Measure("image_reward", _preference(_image_reward)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffaccel.errors import InputError
 from diffaccel.eval.feature_store import FeatureStore
 from diffaccel.eval.flops import count_flops
 from diffaccel.eval.generate import Job, generate
+from diffaccel.eval.latents import captured, keep, kept
 from diffaccel.eval.measures import Chosen, text_of
 from diffaccel.eval.meter import metered
 from diffaccel.eval.peer_command import Command, Surroundings
@@ -138,11 +140,19 @@ class Runner:
 
     def _measured(self, variant: Variant, job: Job, calls: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """A sample with its costs and scores."""
-        sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
-        return sample, {**cost.__dict__, **self._scored(variant, job, sample)}
+        wanted = [m for m in self._measures if m.measure.of_latents]
+        with captured(self._pipe) if wanted else nullcontext(None) as latents:
+            sample, cost = metered(self._pipe, lambda: generate(self._pipe, job, calls))
+        facts = {**cost.__dict__, **self._scored(variant, job, sample)}
+        if latents is not None and variant.kind == "reference":
+            keep(self._store, job.index, latents.array())
+        elif latents is not None:
+            mine, other = latents.array(), kept(self._store, job.index)
+            facts["scores"] |= {m.measure.name: _finite(m.compute(mine, other)) for m in wanted}
+        return sample, facts
 
     def _scored(self, variant: Variant, job: Job, sample: np.ndarray) -> dict[str, Any]:
-        """What the measures say of a sample, and whether it is the reference's."""
+        """What the measures of samples say, and whether it is the reference's."""
         facts: dict[str, Any] = {}
         reference = None if variant.kind == "reference" else self._store.load(REFERENCE, job.index)
         if reference is not None:
@@ -152,7 +162,7 @@ class Runner:
         facts["scores"] = {
             m.measure.name: _finite(m.compute(sample, reference if m.measure.fidelity else text_of(job.prompt)))
             for m in self._measures
-            if reference is not None or not m.measure.fidelity
+            if not m.measure.of_latents and (reference is not None or not m.measure.fidelity)
         }
         return facts
 

@@ -19,14 +19,14 @@ from diffaccel.errors import InputError, MissingPackageError, did_you_mean
 from diffaccel.eval.extractors import bundled_tower, dimensions, extractor_of, features_of
 from diffaccel.eval.metrics.cmmd import cmmd
 from diffaccel.eval.metrics.features import Extractor
-from diffaccel.eval.metrics.frechet import distance
+from diffaccel.eval.metrics.frechet import distance, fit
 from diffaccel.eval.metrics.inception_score import inception_score
 from diffaccel.eval.metrics.intervals import Interval
 from diffaccel.eval.metrics.jackknife import Jackknife, jackknife
 from diffaccel.eval.sample_files import to_bytes
 
-Statistic = Callable[[np.ndarray, np.ndarray], float]
-"""Gets features of the row, ``[N, D]``, and of what it is compared with, ``[M, D]``, however few."""
+Statistic = Callable[[Any, Any], float]
+"""Gets what `SetMeasure.prepare` made of the row's features, and of those of what it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class SetMeasure:
         name: as users write it, before any ``=``.
         words: what it is, for people.
         statistic: computes it.
+        prepare: what it needs of features ``[N, D]``, however few; done once for what is not resampled.
         default: the extractor of published numbers, used where none is named; None where there is no such.
         whole_clips: whether the extractor takes clips, not pictures.
         more_than_features: whether it needs more samples than there are features.
@@ -52,6 +53,7 @@ class SetMeasure:
     more_than_features: bool = True
     compares: bool = True
     floor: float = 0.0
+    prepare: Callable[[np.ndarray], Any] = np.asarray
 
     @property
     def higher_is_better(self) -> bool:
@@ -62,9 +64,9 @@ SETS = MappingProxyType(
     {
         m.name: m
         for m in (
-            SetMeasure("fid", "Frechet distance", distance, "inception"),
+            SetMeasure("fid", "Frechet distance", distance, "inception", prepare=fit),
             SetMeasure("cmmd", "CMMD", cmmd, "ViT-L-14-336:openai", more_than_features=False),
-            SetMeasure("fvd", "Frechet video distance", distance, None, whole_clips=True),
+            SetMeasure("fvd", "Frechet video distance", distance, None, whole_clips=True, prepare=fit),
             SetMeasure(
                 "inception_score",
                 "Inception score of all samples in one part",
@@ -239,13 +241,15 @@ def score_set(
     """
     measure = one.measure
 
+    fixed = None if folder is None or not measure.compares else measure.prepare(folder[0])
+
     def of(features: np.ndarray) -> Jackknife:
-        if not measure.compares:
-            return jackknife(lambda kept: measure.statistic(features[kept], features[:0]), prompts)
-        if folder is not None:
-            return jackknife(lambda kept: measure.statistic(features[kept], folder[0]), prompts)
-        assert reference is not None
-        return jackknife(lambda kept: measure.statistic(features[kept], reference[kept]), prompts)
+        def statistic(kept: np.ndarray) -> float:
+            paired = reference is not None and measure.compares and folder is None
+            other = measure.prepare(reference[kept]) if paired else fixed  # type: ignore[index]
+            return measure.statistic(measure.prepare(features[kept]), other)
+
+        return jackknife(statistic, prompts)
 
     alone = not measure.compares or folder is not None
     if reference is None and not alone:

@@ -113,11 +113,11 @@ def watch_stages(pipe: Any, stages: Stages) -> Callable[[], None]:
     """Have ``stages`` told of everything; returns the undo. All that is put on is on these instances only."""
     undo = [watch_loop(pipe, stages)]
     undo += [watch_method(scheduler, "step", stages.stepped) for scheduler in _schedulers(pipe)]
-    for network in _other_networks(pipe):
+    for network in other_networks(pipe):
         undo.append(_around_call(network, stages.began, stages.ended))
         for name in _METHODS:
             if callable(getattr(network, name, None)):
-                undo.append(_around_method(network, name, stages.began, stages.ended))
+                undo.append(around_method(network, name, lambda *_, **__: stages.began(), stages.ended))
     return lambda: _undone(undo)
 
 
@@ -133,7 +133,8 @@ def _called_modules(pipe: Any) -> list[nn.Module]:
     return [pipe.components[denoiser.component] for denoiser in find_denoisers(pipe)]
 
 
-def _other_networks(pipe: Any) -> list[nn.Module]:
+def other_networks(pipe: Any) -> list[nn.Module]:
+    """The components that are networks and no denoisers."""
     denoisers = _called_modules(pipe)
     components = getattr(pipe, "components", {}).values()
     networks = [c for c in components if isinstance(c, nn.Module) and all(c is not d for d in denoisers)]
@@ -170,18 +171,24 @@ def _around_call(module: nn.Module, before: Callable[[], None], after: Callable[
     return lambda: setattr(module, "_compiled_call_impl", compiled)
 
 
-def _around_method(
-    owner: nn.Module, name: str, before: Callable[[], None], after: Callable[[], None]
+def around_method(
+    owner: nn.Module, name: str, before: Callable[..., None], after: Callable[[], None] | None = None
 ) -> Callable[[], None]:
+    """Have ``before`` called with the arguments of each call of ``owner``'s method, and ``after`` when it returns.
+
+    Returns:
+        The undo, to be called in reverse order.
+    """
     had, method = owner.__dict__.get(name), getattr(owner, name)
 
     @functools.wraps(method)
     def noted(*args: Any, **kwargs: Any) -> Any:
-        before()
+        before(*args, **kwargs)
         try:
             return method(*args, **kwargs)
         finally:
-            after()
+            if after is not None:
+                after()
 
     owner.__dict__[name] = noted
 

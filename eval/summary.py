@@ -134,6 +134,8 @@ def _scores(store: Store, variant: RowSpec, measures: Sequence[Measure], jobs: S
     for measure in measures:
         if measure.fidelity and variant.name == REFERENCE:
             continue
+        if any(measure.name not in record["scores"] for record in items.values()):
+            continue  # a program of its own shows no latents
         values = [_value(items[i], measure) for i in items]
         paired = None if measure.fidelity or variant.name == REFERENCE else [_value(base[i], measure) for i in items]
         scores[measure.name] = score(measure, values, [of_item[i] for i in items], paired)

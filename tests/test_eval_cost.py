@@ -4,6 +4,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from zoo_pipelines import PIPELINES
 
 from diffaccel import Plan, StepCache
+from diffaccel.errors import InputError
 from diffaccel.eval.compare import compare
 from diffaccel.eval.energy import energy_counter
 from diffaccel.eval.flops import FlopCounter, count_flops
@@ -193,3 +195,28 @@ def test_a_count_that_fails_is_a_note(tmp_path, monkeypatch):
 
 def test_spread():
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Spread(3, pytest.approx(4.6), 5)
+
+
+def test_latents_are_what_the_decoder_is_given(tmp_path):
+    pipe = PIPELINES["pixart_sigma"].build()
+    calls = {k: v for k, v in PIPELINES["pixart_sigma"].request.items() if k != "output_type"} | {
+        "num_inference_steps": 4
+    }
+    run = lambda: compare(pipe, {}, ["a"], (0,), calls, (1, 3), measures=["latent_cosine"], folder=tmp_path / "run")  # noqa: E731
+    before = sorted(pipe.vae.__dict__)
+    result = run()
+    generator = torch.Generator().manual_seed(0)
+    latents = (
+        pipe(prompt="a", generator=generator, output_type="latent", **calls).images / pipe.vae.config.scaling_factor
+    )
+    assert np.allclose(np.load(tmp_path / "run" / "latents" / "0000.npy"), latents.numpy(), atol=1e-5)
+    far, near = (result.row(name).scores["latent_cosine"].mean for name in ("1 step", "3 steps"))
+    assert -1 <= far < near < 1 and "latent_cosine" not in result.rows[0].scores
+    assert sorted(pipe.vae.__dict__) == before
+    (tmp_path / "run" / "latents" / "0000.npy").unlink()
+    for file in (tmp_path / "run" / "outputs").glob("1-step*/*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"latents/0000\.npy cannot be read .* so that the item is run again"):
+        run()
+    (tmp_path / "run" / "outputs" / "reference" / "0000.npy").unlink()
+    assert run().row("1 step").scores["latent_cosine"].mean == far

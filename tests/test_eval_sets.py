@@ -16,7 +16,7 @@ from diffaccel.eval.extractors import extractor_of
 from diffaccel.eval.feature_store import Folder
 from diffaccel.eval.figures import speed_against_fidelity
 from diffaccel.eval.gate import Requirement, judge, parse_requirements
-from diffaccel.eval.metrics.frechet import distance, frechet
+from diffaccel.eval.metrics.frechet import distance, fit, frechet
 from diffaccel.eval.metrics.jackknife import jackknife
 from diffaccel.eval.page import write_page
 from diffaccel.eval.sets import SETS, ChosenSet, score_set, sets_of
@@ -70,12 +70,12 @@ def test_the_interval_covers_where_a_bootstrap_does_not():
     """The Frechet distance that 64 samples give in the mean, over repetitions that draw them anew."""
     rng = np.random.default_rng(1)
     sets = [(rng.normal(size=(64, 16)), rng.normal(size=(64, 16))) for _ in range(40)]
-    mean = np.mean([distance(a, b) for a, b in sets])
+    mean = np.mean([distance(fit(a), fit(b)) for a, b in sets])
     covered = boot = 0
     for a, b in sets:
-        low, high = jackknife(lambda kept, a=a, b=b: distance(a[kept], b[kept]), range(64), 10).interval()
+        low, high = jackknife(lambda kept, a=a, b=b: distance(fit(a[kept]), fit(b[kept])), range(64), 10).interval()
         covered += low <= mean <= high
-        drawn = [distance(a[kept], b[kept]) for kept in rng.integers(64, size=(30, 64))]
+        drawn = [distance(fit(a[kept]), fit(b[kept])) for kept in rng.integers(64, size=(30, 64))]
         boot += np.quantile(drawn, 0.025) <= mean
     assert covered >= 36 and boot <= 4
 

@@ -32,7 +32,9 @@ class Frechet(NamedTuple):
     reference: int
 
 
-class _Normal(NamedTuple):
+class Normal(NamedTuple):
+    """Features taken as a normal distribution."""
+
     mean: np.ndarray  # [D]
     covariance: np.ndarray  # [D, D]
 
@@ -48,7 +50,7 @@ def frechet(samples: Any, reference: Any) -> Frechet:
             distance then says more about n than about the samples.
     """
     a, b = _checked(samples, "samples"), _checked(reference, "reference")
-    return Frechet(_distance(_fit(a), _fit(b)), len(a), len(b))
+    return Frechet(distance(fit(a), fit(b)), len(a), len(b))
 
 
 def frechet_infinity(samples: Any, reference: Any, seed: int = 0) -> Frechet:
@@ -64,16 +66,11 @@ def frechet_infinity(samples: Any, reference: Any, seed: int = 0) -> Frechet:
         ValueError: not features, of different D, or too few.
     """
     a, b = _checked(samples, "samples", 4), _checked(reference, "reference")
-    rng, target = np.random.default_rng(seed), _fit(b)
+    rng, target = np.random.default_rng(seed), fit(b)
     counts = np.linspace(max(2 * a.shape[1], len(a) // 10), len(a), POINTS).astype(int)
-    distances = [_distance(_fit(rng.permutation(a)[:n]), target) for n in counts]
+    distances = [distance(fit(rng.permutation(a)[:n]), target) for n in counts]
     _, end = np.polyfit(1 / counts, distances, 1)
     return Frechet(float(end), len(a), len(b))
-
-
-def distance(samples: np.ndarray, reference: np.ndarray) -> float:
-    """The distance between two float64 arrays of features as `frechet` takes them, however few: for the jackknife."""
-    return _distance(_fit(samples), _fit(reference))
 
 
 def _checked(features: Any, name: str, least: int = 1) -> np.ndarray:
@@ -88,13 +85,17 @@ def _checked(features: Any, name: str, least: int = 1) -> np.ndarray:
     return array
 
 
-def _fit(features: np.ndarray) -> _Normal:
-    return _Normal(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
+def fit(features: np.ndarray) -> Normal:
+    """Of float64 features ``[N, D]``, however few."""
+    return Normal(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
-def _distance(a: _Normal, b: _Normal) -> float:
-    """By eigenvalues of symmetric matrices only: S1 S2 has the eigenvalues of R S2 R with R the root of S1. They are
-    real and not negative but for rounding, where a general matrix root may turn out complex."""
+def distance(a: Normal, b: Normal) -> float:
+    """The distance of two distributions.
+
+    By eigenvalues of symmetric matrices only: S1 S2 has the eigenvalues of R S2 R with R the root of S1. They are
+    real and not negative but for rounding, where a general matrix root may turn out complex.
+    """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"samples have {a.mean.size} features, the reference {b.mean.size}")
     values, vectors = np.linalg.eigh(a.covariance)
