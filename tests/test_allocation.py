@@ -9,9 +9,9 @@ from test_quantization import snapshot, unchanged
 from zoo_pipelines import PIPELINES
 
 from diffaccel import Plan, PlanError, Quantize, accelerate
-from diffaccel.quantization.allocation import BUDGETS, Allocation, allocate, allocate_in_groups, closed_form
+from diffaccel.quantization.allocation import BUDGETS, Allocation, allocate, allocate_in_groups, ambiguous, closed_form
 from diffaccel.quantization.heatmap import draw
-from diffaccel.quantization.sensitivity import WAYS, Sensitivities, measure
+from diffaccel.quantization.sensitivity import WAYS, Sensitivities, measure, sharpen
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffaccel", "ignore:__array__")
 
@@ -133,6 +133,18 @@ def test_an_allocation_explains_itself(tmp_path):
     assert "W4A8 g32" in str(found) and "W8A8" in str(found) and "bits on average" in lines[-1]
     draw(found, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 5000
+
+
+def test_the_ambiguous_are_those_near_the_budget_and_can_be_measured_again():
+    s = made(sites=8, ranges=1)
+    names = ambiguous(s, budget=6, kind="bits", margin=0.1)
+    assert 0 < len(names) < 8
+    mask = torch.tensor([name in names for name in s.sites])
+    exact = replace(s, sites=tuple(names), error=s.error[mask] * 100, text=s.text[mask])
+    sharper = sharpen(s, exact)
+    assert torch.equal(sharper.error[~mask], s.error[~mask]) and torch.equal(sharper.error[mask], exact.error)
+    with pytest.raises(PlanError, match="cannot sharpen"):
+        sharpen(s, replace(exact, candidates=(NARROW, replace(WIDE, rotate=True))))
 
 
 # --- measured ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -110,6 +111,24 @@ def allocate(
     error = s.error if not text_weight else s.error + text_weight * s.text.nan_to_num(0.0)
     choice = _solve(s, _objective(s, error), {kind: budget}, constant=constant)
     return Allocation(s, choice)
+
+
+def ambiguous(sensitivities: Sensitivities, *, budget: float, kind: str = "bytes", margin: float = 0.05) -> list[str]:
+    """Sites whose choice a slightly smaller or larger budget changes: those worth measuring again, in the ``full`` way.
+
+    >>> exact = measure(pipe, candidates, requests, sites=" ".join(ambiguous(rough, budget=0.2)),
+    ...                 way="full", in_the_end=False)  # doctest: +SKIP
+    >>> allocate(sharpen(rough, exact), budget=0.2)  # doctest: +SKIP
+
+    Raises:
+        PlanError: as `allocate`.
+    """
+    choices = [allocate(sensitivities, budget=budget, kind=kind).choice]
+    for share in (1 - margin, 1 + margin):
+        with suppress(PlanError):  # the smaller budget may be too small
+            choices.append(allocate(sensitivities, budget=budget * share, kind=kind).choice)
+    changes = torch.stack([c != choices[0] for c in choices]).any(0).any(-1)
+    return [name for name, changed in zip(sensitivities.sites, changes.tolist(), strict=True) if changed]
 
 
 def allocate_in_groups(

@@ -85,6 +85,22 @@ class _Local:
     seconds: list[list[float]] = field(default_factory=list)
 
 
+def sharpen(rough: Sensitivities, exact: Sensitivities) -> Sensitivities:
+    """``rough`` with the errors of the sites that ``exact`` has too.
+
+    Raises:
+        PlanError: the two are of other candidates or ranges.
+    """
+    if rough.ranges != exact.ranges or [c.form() for c in rough.candidates] != [c.form() for c in exact.candidates]:
+        raise PlanError("sensitivities of other candidates or ranges of steps cannot sharpen these; measure them alike")
+    error, text = rough.error.clone(), rough.text.clone()
+    for i, name in enumerate(exact.sites):
+        if name in rough.sites:
+            at = rough.sites.index(name)
+            error[at], text[at] = exact.error[i], exact.text[i]
+    return replace(rough, error=error, text=text)
+
+
 @torch.no_grad()
 def measure(
     pipe: Any,
@@ -96,6 +112,7 @@ def measure(
     way: str = "scaled",
     calls_per_range: int = 1,
     artefacts: Artefacts | None = None,
+    in_the_end: bool = True,
     advance: Advance = lambda what: None,
 ) -> Sensitivities:
     """Try the candidates on a live pipeline, which is left as it was.
@@ -108,6 +125,7 @@ def measure(
         way: see above.
         calls_per_range: denoiser calls that are made again, per range and request.
         artefacts: of a calibrated plan, for candidates that need it.
+        in_the_end: whether to measure how much each range of steps shows in the final latents; else all count alike.
         advance: told of every piece of work done.
 
     Raises:
@@ -156,7 +174,11 @@ def measure(
         torch.tensor([[min(t) for t in zip(*local[s].seconds, strict=True)] for s in chosen], dtype=torch.float64),
         way,
     )
-    return found if ranges == 1 else replace(found, shows=_shows(pipe, found, requests, latents, artefacts, advance))
+    return (
+        found
+        if ranges == 1 or not in_the_end
+        else replace(found, shows=_shows(pipe, found, requests, latents, artefacts, advance))
+    )
 
 
 def in_place(
