@@ -1,4 +1,4 @@
-"""W8A8 linears on a PixArt-sized denoiser with random weights: time, bytes and memory, with float32 beside them.
+"""Quantized linears on a PixArt-sized denoiser with random weights: time, bytes and memory, with float32 beside them.
 
     python bench/w8a8.py                   # all rows
     python bench/w8a8.py --rows speed      # only the times, with and without VNNI
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
@@ -68,15 +69,15 @@ def weight_bytes(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def plan():
-    """Quantize's defaults."""
+def plan(**settings):
+    """Quantize's defaults, or other settings."""
     from diffaccel import Plan, Quantize
 
-    return Plan(quantization=[Quantize()])
+    return Plan(quantization=[Quantize(**settings)])
 
 
-def speed(args):
-    """Denoiser calls, float32 and W8A8 in turn."""
+def speed(args, **settings):
+    """Denoiser calls, float32 and quantized in turn."""
     import torch
 
     import diffaccel
@@ -88,12 +89,12 @@ def speed(args):
     model = copy.deepcopy(reference)
     feed = inputs()
     with torch.inference_mode():
-        accel = diffaccel.accelerate(model, plan())
+        accel = diffaccel.accelerate(model, plan(**settings))
         expected, got = reference(**feed)[0], model(**feed)[0]
-        times = {"float32": [], "w8a8": []}
-        processor = {"float32": [], "w8a8": []}
+        times = {"float32": [], "quantized": []}
+        processor = {"float32": [], "quantized": []}
         for _ in range(args.repeats):
-            for name, net in (("float32", reference), ("w8a8", model)):
+            for name, net in (("float32", reference), ("quantized", model)):
                 start, busy = time.perf_counter(), time.process_time()
                 net(**feed)
                 times[name].append(time.perf_counter() - start)
@@ -103,8 +104,8 @@ def speed(args):
     quantiles = {name: [round(q, 4) for q in statistics.quantiles(t, n=10)[1::3]] for name, t in times.items()}
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
-        "speedup": medians["float32"] / medians["w8a8"],
-        "speedup_processor_time": statistics.median(processor["float32"]) / statistics.median(processor["w8a8"]),
+        "speedup": medians["float32"] / medians["quantized"],
+        "speedup_processor_time": statistics.median(processor["float32"]) / statistics.median(processor["quantized"]),
         "seconds": medians,
         "p20_p50_p80": quantiles,
         "sqnr_db": sqnr,
@@ -173,6 +174,8 @@ def disk(args):
 ROWS = {
     "speed": (speed, {}, {"speedup": (">=", 1.3), "weights_ratio": ("<=", 0.26)}),
     "speed AVX2": (speed, AVX2, {"speedup": (">=", 1.3)}),
+    "speed rotated": (partial(speed, rotate=True), {}, {"speedup": (">=", 1.35)}),
+    "speed W4A8": (partial(speed, weights="int4", group=64), {}, {"weights_ratio": ("<=", 0.15)}),
     "bake": (bake, {}, {"bytes_ratio": ("<=", 0.30), "memory_ratio": ("<=", 0.30)}),
     "disk": (disk, {}, {"memory_ratio": ("<=", 0.5)}),
 }
