@@ -267,12 +267,16 @@ def test_convolutions(activations, tmp_path):
     assert layer.weight.shape == (layer.out_channels, layer.in_channels, *layer.kernel_size)
     accel.remove()
     assert unchanged(model, start) and same(out(specimen, model), before)
+    model.save_pretrained(tmp_path / "float")
+    config = DiffAccelConfig(sites=section.sites, activations=activations)
+    at_load = UNet2DConditionModel.from_pretrained(tmp_path / "float", quantization_config=config)
     accel = accelerate(model, Plan(quantization=section))
     expected = out(specimen, model)
     accel.bake()
-    model.save_pretrained(tmp_path)
-    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
-    assert len(quantized(loaded)) == len(quantized(model)) and alike(out(specimen, loaded), expected)
+    model.save_pretrained(tmp_path / "small")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "small")
+    for other in (at_load, loaded):
+        assert len(quantized(other)) == len(quantized(model)) and alike(out(specimen, other), expected)
 
 
 def test_convolutions_by_step_and_in_other_widths():

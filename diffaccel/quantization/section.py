@@ -36,13 +36,13 @@ class Quantize(Section):
             arXiv:2211.10438, sec. 4): 0 evens out the weight only, 1 the activations only. Each section of a range of
             steps is balanced for those. Needs `diffaccel.calibrate`. None: not at all.
         rotate: turn inputs and weights by a randomised Hadamard matrix, which spreads outliers over the channels
-            (ViDiT-Q, sec. 4.2; QuaRot, arXiv:2404.00456).
+            (ViDiT-Q's dynamic channel balance; QuaRot, arXiv:2404.00456).
         first: ``balance`` (ViDiT-Q) or ``rotate`` (QuantVGGT, arXiv:2509.21302), where both are asked for.
         low_rank: rank of a part of the weight that stays in 16 bits, so that only the rest is rounded (SVDQuant,
             arXiv:2411.05007, sec. 4.2); 0 for none.
         refine: how often the low-rank part is fitted again to what rounding left (SVDQuant's code); the best is kept.
-        protect: compute constant outlying tokens of the text, such as CLIP's first, once in full precision (MixDQ,
-            arXiv:2405.17873, sec. 4.1). Needs `diffaccel.calibrate`, which finds them.
+        protect: compute constant outlying tokens of the text, such as CLIP's first, once in full precision (MixDQ's
+            BOS-aware quantization, arXiv:2405.17873). Needs `diffaccel.calibrate`, which finds them.
         steps: range of progress in which the quantized form runs; the full schedule by default.
     """
 
