@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffaccel.kernels._launch import Config, Specimen, device_of, dot
-from diffaccel.kernels.int8_gemm import tile_of, tiles
+from diffaccel.kernels.int8_gemm import capability_of, tile_of, tiles
 from diffaccel.kernels.packed_weight import half, unpack
 from diffaccel.kernels.token_quantize import cast, runs_here
 from diffaccel.kernels.w4a8_gemm import BLOCK_R, add_low_rank, check_packed, codes_of, fitted_to_groups
@@ -30,10 +30,12 @@ FEW_ROWS = {
     16: Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=4),
     32: Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=4),
 }
-ODD_ROWS = Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, warps=4, stages=3)
+ODD_ROWS = Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, warps=4, stages=3)
 FEW_TILES = Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, warps=4, stages=4)
-# 20 KiB a stage: 16 of activations and 4 of the weight. With two planes, small tiles: large ones spill.
-MANY_TILES = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3)
+# 20 KiB a stage: 16 of activations and 4 of the weight. On sm_120 they spill, and with two planes on others.
+_LARGE = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, warps=8, stages=3)
+_NARROW = Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, warps=8, stages=3)
+MANY_TILES = {80: _LARGE, 89: _LARGE, 90: _LARGE, 100: _LARGE, 120: _NARROW}
 _ENOUGH_TILES = 128  # as in int8_gemm.py
 
 
@@ -93,13 +95,14 @@ def _gemm_kernel(
     tl.store(y_ptrs, cast(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def config_for(M: int, N: int, K: int, group: int | None, nested: bool) -> tuple[Config, bool]:
-    """The configuration for ``x`` [M, K] and N channels, and GATHER."""
+def config_for(M: int, N: int, K: int, group: int | None, nested: bool, capability: int) -> tuple[Config, bool]:
+    """The configuration for ``x`` [M, K] and N channels on a chip of compute capability 80, 89, 90, ..., and GATHER."""
     config = next((few for rows, few in FEW_ROWS.items() if rows >= M), None)
     if K % 32:
         config = ODD_ROWS
     if config is None:
-        config = MANY_TILES if not nested and tiles(M, N, MANY_TILES) >= _ENOUGH_TILES else FEW_TILES
+        many = MANY_TILES[max(known for known in MANY_TILES if known <= capability)]
+        config = many if not nested and tiles(M, N, many) >= _ENOUGH_TILES else FEW_TILES
     return fitted_to_groups(config, K, group)
 
 
@@ -119,15 +122,16 @@ def w4a16_gemm(
         nibbles, multiplier, scale, group: as in `packed_weight.Int4Weight`.
         bias: [N].
         low: as in `packed_weight.NestedWeight`, whose scale goes with it; None computes with 4 bits.
-        low_rank: reduced [..., R] and up [N, R], of one dtype.
+        low_rank: reduced [..., R] and up [N, R], in the dtype of ``x``.
 
     Raises:
         ValueError: Other dtypes, or shapes that do not go together.
     """
     check_packed(x, nibbles, multiplier, scale, bias, low, low_rank, group)
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"expected x bfloat16 or float16, got {x.dtype}")
     reduced, up = low_rank or (None, None)
+    if x.dtype not in (torch.bfloat16, torch.float16) or (up is not None and up.dtype != x.dtype):
+        got = f"{x.dtype} and {None if up is None else up.dtype}"
+        raise ValueError(f"expected x bfloat16 or float16, and low_rank in its dtype, got {got}")
     return _w4a16_gemm(x, nibbles, multiplier, scale, bias, low, reduced, up, group)
 
 
@@ -151,7 +155,7 @@ def _w4a16_gemm(
     if y.numel() == 0:
         return y
     M = y.numel() // N
-    config, gather = config_for(M, N, K, group, low is not None)
+    config, gather = config_for(M, N, K, group, low is not None, capability_of(x))
     with device_of(x):
         _gemm_kernel[(tiles(M, N, config),)](
             x.contiguous(), *(t if t is None else t.contiguous() for t in operands), y,
@@ -168,17 +172,18 @@ def _(x: Tensor, nibbles: Tensor, multiplier: Tensor | None, scale: Tensor, *_: 
 
 def _specimens() -> Iterator[Specimen]:
     """Every configuration in groups; the largest also per channel, with a low-rank branch and in float16; nested."""
-    configurations = [(f"M <= {rows}", config, 128) for rows, config in FEW_ROWS.items()]
-    configurations += [("odd rows", ODD_ROWS, 33), ("few tiles", FEW_TILES, 128), ("many tiles", MANY_TILES, 128)]
-    many = configurations[-1]
+    chips = tuple(MANY_TILES)
+    configurations = [(f"M <= {rows}", config, 128, chips) for rows, config in FEW_ROWS.items()]
+    configurations += [("odd rows", ODD_ROWS, 33, chips), ("few tiles", FEW_TILES, 128, chips)]
+    many = [("many tiles", _LARGE, 128, (80, 89, 90, 100)), ("many tiles sm_120", _NARROW, 128, (120,))]
     cases = [
         *(("bf16", *case, 64, "group 64") for case in configurations),
-        ("fp16", *many, 64, "group 64"),
-        ("bf16", *many, None, "per channel"),
-        ("bf16", "few tiles", FEW_TILES, 128, 64, "nested"),
-        ("bf16", *many, 64, "low rank"),
+        *((dtype, *case, 64, "group 64") for dtype in ("bf16", "fp16") for case in many),
+        *(("bf16", *case, None, "per channel") for case in many),
+        *(("bf16", *case, 64, "low rank") for case in many),
+        ("bf16", "few tiles", FEW_TILES, 128, chips, 64, "nested"),
     ]
-    for dtype, name, config, K, group, variant in cases:
+    for dtype, name, config, K, targets, group, variant in cases:
         fitted, gather = fitted_to_groups(config, K, group)
         pointers = {"low_ptr": "*u8" if variant == "nested" else None, "multiplier_ptr": "*i8" if group else None}
         pointers |= dict.fromkeys(("reduced_ptr", "up_ptr"), f"*{dtype}" if variant == "low rank" else None)
@@ -194,6 +199,7 @@ def _specimens() -> Iterator[Specimen]:
             config=fitted,
             aligned=() if K % 2 else ("N", "K", "HALF", "R"),
             tensor_cores="16-bit",
+            targets=targets,
         )
 
 

@@ -18,11 +18,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffaccel.kernels._launch import INTERPRETED, Config, Specimen, device_of, dot
+from diffaccel.kernels._launch import Config, Specimen, device_of, dot
 from diffaccel.kernels.int8_gemm import MAX_K, capability_of, tile_of, tiles
 from diffaccel.kernels.packed_weight import GROUP_STEP, half, unpack
 from diffaccel.kernels.token_quantize import cast, runs_here
@@ -37,10 +38,11 @@ FEW_TILES = Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=4, stag
 ODD_ROWS = Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64}, warps=4, stages=3)
 # Half of the registers hold sums; unpacking needs the rest, so there are no tiles of 256 columns.
 _LARGE = Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3)
-MANY_TILES = dict.fromkeys((80, 89, 90, 100, 120), _LARGE)
-# Two planes need more of them, where the operands come from registers.
-_TWO_PLANES = Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3)
-NESTED_TILES = {80: _TWO_PLANES, 89: _TWO_PLANES, 90: _LARGE, 100: _LARGE, 120: _TWO_PLANES}
+# On sm_120 even those spill, and a second plane needs more registers on every chip whose operands come from there.
+_NARROW = Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, warps=8, stages=3)
+_LOW = Config({"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64}, warps=8, stages=3)
+MANY_TILES = {80: _LARGE, 89: _LARGE, 90: _LARGE, 100: _LARGE, 120: _NARROW}
+NESTED_TILES = {80: _LOW, 89: _LOW, 90: _LARGE, 100: _LARGE, 120: _LOW}
 _ENOUGH_TILES = 128  # as in int8_gemm.py
 BLOCK_R = 16
 
@@ -104,16 +106,14 @@ def codes_of(
 
 @triton.jit
 def add_low_rank(y, reduced_ptr, up_ptr, m, n, M, N, R, BLOCK_R: tl.constexpr):
-    """y + reduced @ up^T, with ``reduced`` [M, R] and ``up`` [N, R]."""
+    """y + reduced @ up^T, with ``reduced`` [M, R] and ``up`` [N, R] of 16 bits."""
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         reduced_ptrs = reduced_ptr + m.to(tl.int64)[:, None] * R + r[None, :]
         reduced = tl.load(reduced_ptrs, mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
         up_ptrs = up_ptr + n.to(tl.int64)[None, :] * R + r[:, None]
         up = tl.load(up_ptrs, mask=(n < N)[None, :] & (r < R)[:, None], other=0.0)
-        if INTERPRETED:  # it would multiply the raw bits of bfloat16
-            reduced, up = reduced.to(tl.float32), up.to(tl.float32)
-        y = tl.dot(reduced, up, y, input_precision="ieee")
+        y = dot(reduced, up, y)
     return y
 
 
@@ -161,7 +161,7 @@ def config_for(M: int, N: int, K: int, group: int | None, nested: bool, capabili
         config = ODD_ROWS
     if config is None:
         config = many[max(known for known in many if known <= capability)]
-        few = _TWO_PLANES if nested else FEW_TILES
+        few = _LOW if nested else FEW_TILES
         config = config if tiles(M, N, config) >= _ENOUGH_TILES else few
     return fitted_to_groups(config, K, group)
 
@@ -260,9 +260,14 @@ def _w4a8_gemm(
     group: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    operands = (nibbles, multiplier, row_scale, scale, bias, low, reduced, up)
     if not runs_here(q, torch.int8):
-        return w4a8_gemm_ref(q, *operands, group, dtype).contiguous()
+        branch = (bias, low, reduced, up)
+        return w4a8_gemm_ref(q, nibbles, multiplier, row_scale, scale, *branch, group, dtype).contiguous()
+    # In float32 it has no tensor cores, and too few registers beside the sums: a product of its own.
+    apart = None
+    if reduced is not None and up is not None and up.dtype == torch.float32:
+        apart, reduced, up = F.linear(reduced, up), None, None
+    operands = (nibbles, multiplier, row_scale, scale, bias, low, reduced, up)
     N, K = scale.shape[0], q.shape[-1]
     y = torch.empty((*q.shape[:-1], N), dtype=dtype, device=q.device)
     M = row_scale.numel()
@@ -275,7 +280,7 @@ def _w4a8_gemm(
             M, N, K, half(K), 0 if up is None else up.shape[1], GROUP=group or 1, GATHER=gather, BLOCK_R=BLOCK_R,
             **config.tiles, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return y
+    return y if apart is None else y.add_(apart)
 
 
 @_w4a8_gemm.register_fake
@@ -287,15 +292,15 @@ def _specimens() -> Iterator[Specimen]:
     """Every configuration in groups; the largest also per channel, nested, with a low-rank branch, in every dtype."""
     chips = tuple(MANY_TILES)
     configurations = [(f"M <= {rows}", config, 128) for rows, config in FEW_ROWS.items()]
-    configurations += [("odd rows", ODD_ROWS, 33), ("few tiles", FEW_TILES, 128), ("many tiles", _LARGE, 128)]
-    many = configurations[-1]
+    configurations += [("odd rows", ODD_ROWS, 33), ("few tiles", FEW_TILES, 128)]
+    many = [("many tiles", _LARGE, 128, (80, 89, 90, 100)), ("many tiles sm_120", _NARROW, 128, (120,))]
+    nested = [("many tiles sm_80/89/120", _LOW, 128, (80, 89, 120)), ("many tiles sm_90/100", _LARGE, 128, (90, 100))]
     cases = [
         *(("bf16", *case, chips, 64, "group 64") for case in configurations),
-        *((dtype, *many, chips, 64, "group 64") for dtype in ("fp16", "fp32")),
-        ("bf16", *many, chips, None, "per channel"),
-        ("bf16", "many tiles sm_80/89/120", _TWO_PLANES, 128, (80, 89, 120), 64, "nested"),
-        ("bf16", "many tiles sm_90/100", _LARGE, 128, (90, 100), 64, "nested"),
-        *((dtype, *many, chips, 64, "low rank") for dtype in ("bf16", "fp32")),
+        *((dtype, *case, 64, "group 64") for dtype in ("bf16", "fp16", "fp32") for case in many),
+        *(("bf16", *case, None, "per channel") for case in many),
+        *(("bf16", *case, 64, "nested") for case in nested),
+        *(("bf16", *case, 64, "low rank") for case in many),
     ]
     for dtype, name, config, K, targets, group, variant in cases:
         fitted, gather = fitted_to_groups(config, K, group)

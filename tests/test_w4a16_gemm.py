@@ -56,9 +56,9 @@ def test_matches_float64(M, N, K, group, dtype):
     check(w4a16_gemm, M, N, K, group, dtype, nested=K % 2 == 1, rank=20 if group else 0)
 
 
-@pytest.mark.parametrize("config", [*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, MANY_TILES], ids=str)
+@pytest.mark.parametrize("config", [*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, MANY_TILES[80], MANY_TILES[120]], ids=str)
 def test_every_configuration(config, monkeypatch):
-    monkeypatch.setattr(w4a16_gemm, "config_for", lambda M, N, K, group, _: fitted_to_groups(config, K, group))
+    monkeypatch.setattr(w4a16_gemm, "config_for", lambda M, N, K, group, *_: fitted_to_groups(config, K, group))
     check(w4a16_gemm, 19, 130, 160, 32, nested=True)
 
 
@@ -91,17 +91,20 @@ def test_wrong_input_is_refused():
     x, *rest = operands(6, 5, 40, 32, torch.float16, False, 0)
     with pytest.raises(ValueError, match="expected x bfloat16 or float16"):
         w4a16_gemm.w4a16_gemm(x.float(), *rest)
+    with pytest.raises(ValueError, match="low_rank in its dtype"):
+        w4a16_gemm.w4a16_gemm(x, *rest[:-2], (torch.ones(6, 4), torch.ones(5, 4)), 32)
     with pytest.raises(ValueError, match=r"expected x \[..., K\]"):
         w4a16_gemm.w4a16_gemm(x[:, :38], *rest)
 
 
 def test_configurations():
-    assert w4a16_gemm.config_for(16, 18432, 3072, 64, False) == (FEW_ROWS[16], False)
-    assert w4a16_gemm.config_for(4608, 3072, 3072, 64, False) == (MANY_TILES, False)
-    assert w4a16_gemm.config_for(4608, 3072, 3072, 64, True) == (FEW_TILES, False)
-    assert w4a16_gemm.config_for(512, 1152, 1152, None, False) == (FEW_TILES, False)
-    assert w4a16_gemm.config_for(4608, 3072, 3080, 64, False) == (ODD_ROWS, True)
-    for config in (*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, MANY_TILES):
+    assert w4a16_gemm.config_for(16, 18432, 3072, 64, False, 90) == (FEW_ROWS[16], False)
+    assert w4a16_gemm.config_for(4608, 3072, 3072, 64, False, 90) == (MANY_TILES[90], False)
+    assert w4a16_gemm.config_for(4608, 3072, 3072, 64, False, 121) == (MANY_TILES[120], False)
+    assert w4a16_gemm.config_for(4608, 3072, 3072, 64, True, 90) == (FEW_TILES, False)
+    assert w4a16_gemm.config_for(512, 1152, 1152, None, False, 90) == (FEW_TILES, False)
+    assert w4a16_gemm.config_for(4608, 3072, 3080, 64, False, 90) == (ODD_ROWS, True)
+    for config in (*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, *MANY_TILES.values()):
         M, N, K = (config.tiles[f"BLOCK_{side}"] for side in "MNK")
         assert config.stages * (4 * M + 2 * N) * K < min(SHARED_KIB.values()) * 1024
 
@@ -143,7 +146,7 @@ FAULTS = [
 
 
 def check_in_tiles(module, monkeypatch):
-    monkeypatch.setattr(module, "config_for", lambda M, N, K, group, _: fitted_to_groups(SMALL, K, group))
+    monkeypatch.setattr(module, "config_for", lambda M, N, K, group, *_: fitted_to_groups(SMALL, K, group))
     check(module, 39, 20, 147, 64, nested=True, rank=20)
 
 

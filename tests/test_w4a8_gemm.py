@@ -9,7 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffaccel.kernels import w4a8_gemm, w4a16_gemm
 from diffaccel.kernels.ahead_of_time import SHARED_KIB
 from diffaccel.kernels.packed_weight import half, unpack
-from diffaccel.kernels.w4a8_gemm import FEW_ROWS, FEW_TILES, MANY_TILES, NESTED_TILES, ODD_ROWS, fitted_to_groups
+from diffaccel.kernels.w4a8_gemm import (
+    FEW_ROWS,
+    FEW_TILES,
+    MANY_TILES,
+    NESTED_TILES,
+    ODD_ROWS,
+    fitted_to_groups,
+)
 
 # Of |sum| * scales + |rest|: sums are exact, what remains are roundings in float32 and that of the result.
 TOLERANCE = {torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 4e-3}
@@ -76,7 +83,9 @@ def test_matches_float64_in_half_precision(dtype):
     check(w4a8_gemm, 17, 33, 71, 32, dtype, nested=True, rank=20)
 
 
-@pytest.mark.parametrize("config", [*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, *NESTED_TILES.values()], ids=str)
+@pytest.mark.parametrize(
+    "config", [*FEW_ROWS.values(), FEW_TILES, ODD_ROWS, MANY_TILES[80], MANY_TILES[120], NESTED_TILES[80]], ids=str
+)
 def test_every_configuration(config, monkeypatch):
     monkeypatch.setattr(w4a8_gemm, "config_for", lambda M, N, K, group, *_: fitted_to_groups(config, K, group))
     check(w4a8_gemm, 19, 130, 160, 32, torch.bfloat16, nested=True)
@@ -103,7 +112,7 @@ def test_not_finite_scales_stay_in_their_row_and_channel():
 
 def test_layouts_and_empty():
     q, nibbles, multiplier, row_scale, scale, bias, low, low_rank, group, dtype = operands(
-        6, 5, 40, 32, torch.float32, True, 8
+        6, 5, 40, 32, torch.float16, True, 8
     )
     y = w4a8_gemm.w4a8_gemm(q, nibbles, multiplier, row_scale, scale, bias, low, low_rank, group, dtype)
     reduced, up = low_rank
@@ -210,7 +219,7 @@ def check_in_tiles(module, monkeypatch):
         return fitted_to_groups(SMALL, K, group)
 
     monkeypatch.setattr(module, "config_for", config_for)
-    check(module, 39, 20, 147, 64, nested=True, rank=20)
+    check(module, 39, 20, 147, 64, torch.float16, nested=True, rank=20)
 
 
 @pytest.mark.parametrize(("right", "wrong"), FAULTS)
