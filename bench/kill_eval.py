@@ -21,13 +21,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-COUNT = 6
+OPTIONS = "--plan fast -n 6 --steps 2 --size 64 --measure adherence"
 COSTS = ("seconds", "loop_seconds", "text_seconds", "decode_seconds", "peak_bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many kills (default: 20)")
+    parser.add_argument("--options", default=OPTIONS, help=f"of the command (default: {OPTIONS})")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments (default: the time)")
     arguments = parser.parse_args()
     # Once, before forking; no torch operation has run yet.
@@ -39,22 +40,23 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as place:
         whole, started = Path(place) / "whole", time.monotonic()
-        if wait_for(begin(whole)) != 0:
-            sys.exit("the undisturbed run failed")
+        options = arguments.options.split()
+        if wait_for(begin(whole, options)) != 0:
+            sys.exit(f"{log_of(whole).read_text()}\nthe undisturbed run failed")
         took, kills, runs = time.monotonic() - started, 0, 0
         while kills < arguments.kills:
             runs += 1
             folder = Path(place) / f"run-{runs}"
-            while kills < arguments.kills and not ended_before(folder, rng.uniform(0, took)):
+            while kills < arguments.kills and not ended_before(folder, options, rng.uniform(0, took)):
                 kills += 1
-            if wait_for(begin(folder)) != 0:
+            if wait_for(begin(folder, options)) != 0:
                 sys.exit(f"{log_of(folder).read_text()}\nresuming failed after {kills} kills (seed {arguments.seed})")
             if differing := differences(whole, folder):
                 sys.exit(f"{differing} (seed {arguments.seed})")
         print(f"{kills} kills in {runs} runs of {took:.1f} s (seed {arguments.seed}): equal to the undisturbed run")
 
 
-def begin(folder: Path) -> int:
+def begin(folder: Path, options: list[str]) -> int:
     """Starts the command in a process of its own; returns its number."""
     child = os.fork()
     if child:
@@ -62,7 +64,7 @@ def begin(folder: Path) -> int:
     with log_of(folder).open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         code = 1
         try:
-            command(folder)
+            command(folder, options)
             code = 0
         except SystemExit as end:
             code = int(end.code or 0)
@@ -78,13 +80,12 @@ def log_of(folder: Path) -> Path:
     return folder.with_suffix(".log")
 
 
-def command(folder: Path) -> None:
+def command(folder: Path, options: list[str]) -> None:
     import torch
 
     from diffaccel.cli import app
 
     torch.set_num_threads(1)
-    options = ["--plan", "fast", "-n", str(COUNT), "--steps", "2", "--size", "64", "--measure", "adherence"]
     app(["eval", *options, "-o", str(folder)])
 
 
@@ -92,9 +93,9 @@ def wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def ended_before(folder: Path, seconds: float) -> bool:
+def ended_before(folder: Path, options: list[str], seconds: float) -> bool:
     """Run, and kill after so many seconds; whether it ended by itself before."""
-    child = begin(folder)
+    child = begin(folder, options)
     time.sleep(seconds)
     with contextlib.suppress(ProcessLookupError):
         os.kill(child, signal.SIGKILL)

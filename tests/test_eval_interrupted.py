@@ -73,9 +73,13 @@ def _readable(folder):
                 read_sample(file)
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_summary():
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_summary(tmp_path):
     """With other moments each time, in a process that has imported everything once."""
-    done = subprocess.run([sys.executable, KILLS, "--kills", "3"], capture_output=True, text=True, timeout=300)
+    PIPELINES["sd15"].build().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    options = f"-m {tmp_path / 'model'} --prompts {tmp_path / 'prompts.txt'} --plan lossless --steps 2 --size 32"
+    command = [sys.executable, KILLS, "--kills", "3", "--options", options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("3 kills in")
 
@@ -227,7 +231,8 @@ def test_small_clips_keep_their_frames():
 
 def test_clips_are_mp4_and_frames_where_wanted(tmp_path, monkeypatch):
     monkeypatch.setattr("diffaccel.eval.sample_files.SMALL", 0)
-    more = {"name": "wan", "prompts": PROMPTS[:1], "controls": ()}
+    calls = {k: v for k, v in PIPELINES["wan"].request.items() if k != "output_type"} | {"num_inference_steps": 1}
+    more = {"name": "wan", "prompts": PROMPTS[:1], "controls": (), "calls": calls}
     result = run(tmp_path / "lossy", **more)
     assert {p.suffix for p in (tmp_path / "lossy" / "outputs" / "cache").iterdir()} == {".mp4"}
     assert {p.suffix for p in (tmp_path / "lossy" / "outputs" / "reference").iterdir()} == {".npy", ".mp4"}
