@@ -19,6 +19,7 @@ if _find_spec("diffaccel.kernels") is None:
 from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
 from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
+from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Plan
 from diffaccel.quantization.register import register as _register_quantizer
 from diffaccel.quantization.section import Quantize
@@ -33,6 +34,7 @@ __all__ = [
     "BlockSparse",
     "DiffAccelConfig",
     "DiffAccelError",
+    "GuidanceReuse",
     "InputError",
     "MissingPackageError",
     "ModelError",

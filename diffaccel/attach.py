@@ -11,6 +11,7 @@ from torch import nn
 
 import diffaccel.attention.attach
 import diffaccel.caching.attach
+import diffaccel.guidance.attach
 import diffaccel.quantization.attach
 from diffaccel.clock import Clock
 from diffaccel.denoiser import find_denoisers
@@ -25,6 +26,7 @@ _MODULES: dict[str, Technique] = {
     "quantization": diffaccel.quantization.attach,
     "attention": diffaccel.attention.attach,
     "caching": diffaccel.caching.attach,
+    "guidance": diffaccel.guidance.attach,
 }
 _MARK = "_diffaccel"
 ORIGINALS = ("cpu", "disk", "device")

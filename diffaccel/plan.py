@@ -31,6 +31,10 @@ class Section:
 
     technique: ClassVar[str]
 
+    def conflict(self, plan: Plan) -> str | None:
+        """Why this section cannot be in ``plan`` beside the others, or None."""
+        return None
+
     def _check_steps(self, steps: object) -> None:
         ok = isinstance(steps, tuple) and len(steps) == 2 and all(isinstance(s, int | float) for s in steps)
         if not ok or not 0 <= steps[0] < steps[1] <= 1:  # type: ignore[index]
@@ -114,17 +118,19 @@ class Plan:
         quantization: `Quantize` sections; where several match a site at a step, the last one wins.
         attention: `BlockSparse` sections; likewise.
         caching: one `StepCache`, or None.
+        guidance: one `GuidanceReuse`, or None.
         artefacts: calibrated tensors that the sections refer to.
         key: what the plan was calibrated on (see `diffaccel.plan_key`); None for a plan that fits any model.
         name: a label for reports, such as the preset it came from.
 
     Raises:
-        PlanError: a field holds something else than its sections.
+        PlanError: a field holds something else than its sections, or sections that exclude each other.
     """
 
     quantization: tuple[Section, ...] = ()
     attention: tuple[Section, ...] = ()
     caching: Section | None = None
+    guidance: Section | None = None
     artefacts: Artefacts = field(default_factory=Artefacts)
     key: Mapping[str, Any] | None = field(default=None, hash=False)
     name: str = field(default="", compare=False)
@@ -143,6 +149,9 @@ class Plan:
                 if getattr(section, "technique", None) != technique:
                     expected = ", ".join(n for n, t in SECTIONS.items() if t.technique == technique)
                     raise PlanError(f"Plan.{technique} holds {section!r}; expected {expected}")
+        for section in (s for technique in TECHNIQUES for s in self.sections(technique)):
+            if reason := section.conflict(self):
+                raise PlanError(reason)
 
     def sections(self, technique: str) -> tuple[Section, ...]:
         """The sections of one technique, as a tuple even where the field holds one or None."""
@@ -156,7 +165,7 @@ class Plan:
 
     def without(self, technique: str) -> Plan:
         """The same plan with the field of one technique empty."""
-        nothing: dict[str, Any] = {technique: None if technique == "caching" else ()}
+        nothing: dict[str, Any] = {technique: None if technique in _SINGLE else ()}
         return dataclasses.replace(self, **nothing)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,8 +175,7 @@ class Plan:
             for technique in TECHNIQUES
             if self.sections(technique)
         }
-        if isinstance(self.caching, Section):
-            body["caching"] = self.caching.to_dict()
+        body |= {name: getattr(self, name).to_dict() for name in _SINGLE if self.sections(name)}
         extras = {k: v for k, v in (("name", self.name), ("key", self.key)) if v}
         return {"schema": SCHEMA_VERSION, "diffaccel": version("diffaccel"), **extras, "plan": body}
 
@@ -192,7 +200,7 @@ class Plan:
         _check_keys("Plan", body, TECHNIQUES)
         sections: dict[str, Any] = {}
         for technique, value in body.items():
-            if technique == "caching":
+            if technique in _SINGLE:
                 sections[technique] = _section_from(value)
             elif isinstance(value, list):
                 sections[technique] = tuple(_section_from(v) for v in value)
@@ -244,8 +252,9 @@ class Plan:
         return cls.from_dict(data, _load_artefacts(file.parent / "artefacts.safetensors", data.get("artefacts", [])))
 
 
-TECHNIQUES = ("quantization", "attention", "caching")
+TECHNIQUES = ("quantization", "attention", "caching", "guidance")
 """The plan's technique fields in order of attachment."""
+_SINGLE = ("caching", "guidance")  # fields of one section, not a list
 
 
 def in_steps(progress: float, steps: tuple[float, float]) -> bool:

@@ -15,8 +15,8 @@ from diffaccel.clock import Call, Clock
 from diffaccel.denoiser import Denoiser, timestep_parameter
 from diffaccel.hooks import ContextTap
 
-Compute = Callable[[], Any]
-"""Runs the denoiser on the arguments of the call at hand."""
+Compute = Callable[..., Any]
+"""Runs the denoiser on the arguments of the call at hand; the innermost wrapper may give a function for each."""
 
 Listener = Callable[[Call, Mapping[str, Any], Compute], None]
 """Told of a call before it runs: where it stands, its arguments by parameter name, and how to run it (for probes)."""
@@ -58,8 +58,8 @@ class RootHook(ModelHook):
         call = self._clock.call(arguments, timestep, self.contexts.context, self._component)
         self.calls += 1
 
-        def compute() -> Any:
-            return self.fn_ref.original_forward(*args, **kwargs)
+        def compute(change: Callable[[Any], Any] = lambda argument: argument) -> Any:
+            return self.fn_ref.original_forward(*map(change, args), **{n: change(v) for n, v in kwargs.items()})
 
         started = self._now()
         for listener in self.listeners:

@@ -7,7 +7,7 @@ from torch import nn
 from zoo import ZOO, tensors_of
 
 from diffaccel import Plan, PlanError, StepCache, accelerate
-from diffaccel.caching.forecast import Forecast
+from diffaccel.forecast import Forecast
 from diffaccel.caching.policies import SeaCache
 
 STEPS = 4

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from diffaccel.caching.forecast import Forecast
 from diffaccel.caching.stack import Ask, Stack
-from diffaccel.caching.tensors import alike, output_tensors
+from diffaccel.forecast import Forecast
+from diffaccel.latents import alike, output_tensors
 
 Compute = Callable[[], Any]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.caching.tensors import add_leading, latent_tensors, output_tensors, partners
 from diffaccel.clock import Call
 from diffaccel.denoiser import Denoiser
+from diffaccel.latents import add_leading, latent_tensors, output_tensors, partners
 from diffaccel.plan import Artefacts
 from diffaccel.root import Compute
 

@@ -12,8 +12,8 @@ from diffaccel.caching.memory import Memory, RootMemory, StackMemory
 from diffaccel.caching.policies import Policy
 from diffaccel.caching.section import StepCache
 from diffaccel.caching.stack import Ask, Stack
-from diffaccel.caching.tensors import latent_tensors
 from diffaccel.clock import Call
+from diffaccel.latents import latent_tensors
 from diffaccel.root import Compute
 
 MakePolicy = Callable[[str], tuple[Policy, str | None]]

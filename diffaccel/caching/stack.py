@@ -17,11 +17,11 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from diffaccel.caching.forecast import Forecast
 from diffaccel.caching.stack_layout import StackLayout, StackObserver, streams_of
-from diffaccel.caching.tensors import output_like
 from diffaccel.denoiser import Denoiser
+from diffaccel.forecast import Forecast
 from diffaccel.hooks import install
+from diffaccel.latents import output_like
 from diffaccel.technique import Context
 
 Ask = Callable[[list[Tensor]], bool]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffaccel.caching.tensors import skeleton
+from diffaccel.latents import skeleton
 
 Flow = Mapping[str, str]
 """Where in a block's output a stream of tokens lies (``"[1]"``) -> the argument by which the next block receives it."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffaccel.caching.tensors import add_leading, alike, output_like, output_tensors, partners, skeleton
+from diffaccel.latents import add_leading, alike, output_like, output_tensors, partners, skeleton
 
 _DEPTH = {"hold": 1, "residual": 1, "linear": 2, "quadratic": 3, "trend": 3}
 
