@@ -229,12 +229,14 @@ def measures_of(names: Sequence[str], prompts: Sequence[Any], *, video: bool = T
             whose model cannot be had.
         MissingPackageError: a measure's package is not installed.
     """
-    chosen = []
+    chosen: list[Chosen] = []
     for text in dict.fromkeys((*FIDELITY, *names)):
         name, sign, setting = text.partition("=")
         if name not in MEASURES:
             raise InputError(f"no measure {name!r}{did_you_mean(name, [*MEASURES, *SETS])}")
         measure = MEASURES[name]
+        if any(one.measure is measure for one in chosen):
+            raise InputError(f"measure {name!r} twice; one run takes one model for it")
         if measure.of_video and not video:
             raise InputError(f"measure {name!r} needs clips, but this pipeline makes images")
         for prompt in prompts if measure.check is not None else ():

@@ -163,12 +163,14 @@ def sets_of(
             be had.
         MissingPackageError: a network's package is not installed.
     """
-    chosen = []
+    chosen: list[ChosenSet] = []
     for text in dict.fromkeys(names):
         name, sign, setting = text.partition("=")
         if name not in SETS:
             raise InputError(f"no measure {name!r}{did_you_mean(name, SETS)}")
         measure = SETS[name]
+        if any(one.measure is measure for one in chosen):
+            raise InputError(f"measure {name!r} twice; one run takes one network for it")
         if measure.whole_clips and not video:
             raise InputError(f"measure {name!r} needs clips, but this pipeline makes images")
         if video and not measure.compares:

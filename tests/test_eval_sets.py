@@ -157,6 +157,7 @@ def sorted_list():
         ([FID], {"samples": 3}, "fid' needs more samples than features: .* gives 3, each row has 3. Take at least 4"),
         ([FID], {"against": 2}, "the folder holds 2"),
         (["fvd=python:test_eval_sets:motion"], {}, "needs clips"),
+        ([FID, "fid=inception"], {}, "measure 'fid' twice"),
         (["fvd"], {"video": True}, "fvd=torchscript:FILE"),
         (["inception_score"], {"video": True}, "needs images"),
         ([f"inception_score={FID[4:]}"], {}, "takes the Inception network only"),

@@ -104,8 +104,10 @@ def test_measures_are_checked_before_anything_runs(tmp_path):
         measures_of(["adherence"], ["a red circle", "an astronaut"])
     with pytest.raises(InputError, match="'flicker' needs clips"):
         measures_of(["flicker"], ["a"], video=False)
-    with pytest.raises(InputError, match="'ssim=7': it takes no setting, got '7'"):
-        measures_of(["ssim=7"], ["a"])
+    with pytest.raises(InputError, match="'flicker=7': it takes no setting, got '7'"):
+        measures_of(["flicker=7"], ["a"])
+    with pytest.raises(InputError, match="measure 'adherence' twice"):
+        measures_of(["adherence", "adherence=1"], ["a red circle"])
     with pytest.raises(InputError, match=r"clip=local-dir:.*cannot load CLIP model"):
         measures_of([f"clip=local-dir:{tmp_path}"], ["a"])
 
