@@ -27,7 +27,10 @@ from diffaccel.kernels._candidates import cache_file
 if TYPE_CHECKING:
     from diffaccel.kernels._launch import Specimen
 
-MODULES = ("token_quantize", "int8_gemm", "fp8_gemm", "sparse_attention", "permute_tokens")
+MODULES = (
+    *("token_quantize", "int8_gemm", "fp8_gemm", "sparse_attention", "permute_tokens"),
+    *("w4a8_gemm", "w4a16_gemm", "hadamard_quantize"),
+)
 # KiB of shared memory that one block can have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"); Triton checks it only when it launches.
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}

@@ -28,8 +28,8 @@ class Gpu:
     source: str
 
     def rate(self, form: str) -> float | None:
-        """Peak of ``"bf16"``, ``"int8"`` or ``"fp8"``."""
-        return {"bf16": self.bf16, "int8": self.int8, "fp8": self.fp8}[form]
+        """Peak of the products of a form of `linear_seconds`."""
+        return {"bf16": self.bf16, "w4a16": self.bf16, "int8": self.int8, "w4a8": self.int8, "fp8": self.fp8}[form]
 
 
 GPUS = (
@@ -96,15 +96,18 @@ DENSITIES = (0.5, 0.3, 0.2)
 def linear_seconds(shape: Linear, gpu: Gpu, form: str) -> float | None:
     """Bound for a linear layer with bf16 input and output; None where the GPU lacks the form.
 
-    8-bit forms are two kernels: quantise (reads bf16, writes 8 bits and a scale per row), then multiply.
+    8-bit forms, ``"w4a8"`` among them, are two kernels: quantise (reads bf16, writes 8 bits and a scale per row), then
+    multiply. Weights of 4 bits are counted without their multipliers, a sixty-fourth more.
     """
     rate = gpu.rate(form)
     if rate is None:
         return None
     M, N, K = shape.M, shape.N, shape.K
-    width = 2 if form == "bf16" else 1
-    multiply = max(2 * M * N * K / rate, (width * (M * K + N * K) + 2 * M * N) / gpu.bandwidth)
-    return multiply if form == "bf16" else max(multiply, LAUNCH) + quantize_seconds(shape, gpu)
+    wide = form in ("bf16", "w4a16")
+    activations = 2 if wide else 1
+    weights = {"bf16": 2.0, "w4a16": 0.5, "w4a8": 0.5}.get(form, 1.0)
+    multiply = max(2 * M * N * K / rate, (activations * M * K + weights * N * K + 2 * M * N) / gpu.bandwidth)
+    return multiply if wide else max(multiply, LAUNCH) + quantize_seconds(shape, gpu)
 
 
 def quantize_seconds(shape: Linear, gpu: Gpu) -> float:

@@ -112,14 +112,14 @@ def roofline_tables() -> list[str]:
 
 def _linear_table(gpus: Iterable[roofline.Gpu]) -> list[str]:
     lines = [
-        "| model | layers | M, N, K | GPU | bf16 | int8 | fp8 | |",
-        "|---|---|---|---|--:|--:|--:|---|",
+        "| model | layers | M, N, K | GPU | bf16 | int8 | fp8 | W4A8 | W4A16 | |",
+        "|---|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
     for shape in roofline.LINEARS:
         for gpu in gpus:
             seconds = roofline.linear_seconds(shape, gpu, "bf16")
             assert seconds is not None
-            gains = (_gain(roofline.linear_gain(shape, gpu, form)) for form in ("int8", "fp8"))
+            gains = (_gain(roofline.linear_gain(shape, gpu, form)) for form in ("int8", "fp8", "w4a8", "w4a16"))
             start = f"| {shape.model} | {shape.where} | {shape.M}, {shape.N}, {shape.K} | {gpu.name} "
             lines.append(f"{start}| {_time(seconds)} | {' | '.join(gains)} | {roofline.linear_remark(shape, gpu)} |")
     return lines
