@@ -156,6 +156,8 @@ class QuantizedLinears:
         bits = sorted({layer.bits for layer in self._layers.values() if layer.integer_activations})
         if 7 in bits:
             notes.append("activations have 7 bits: without VNNI this CPU's int8 kernels saturate at 8")
+        if self._lacks_fp8_product():
+            notes.append("fp8 activations are not rounded: this device has no fp8 product, so weights are dequantised")
         facts: dict[str, Any] = {**self._bytes, "schemes": self._schemes()}
         if bits:
             facts["activation_bits"] = bits[0] if len(bits) == 1 else bits
@@ -163,6 +165,8 @@ class QuantizedLinears:
             facts["weight_only"] = weight_only
         if kernels := self._kernels():
             facts["kernels"] = kernels
+            if bits and any(choice.startswith("dense") for choice in kernels.values()):
+                notes.append("where the kernel is dense, which is the fastest there, activations are not rounded")
         settings = "; ".join(_describe(s) for s in self._resolved.sections)
         return TechniqueReport("quantization", settings, len(self._layers), facts, notes)
 
@@ -175,6 +179,13 @@ class QuantizedLinears:
         for denoiser in self._context.denoisers:
             if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
                 mark_quantized(denoiser.module, self._resolved.sections[-1])
+
+    def _lacks_fp8_product(self) -> bool:
+        layers = self._layers.values()
+        devices = {x.device for x in layers if any(run.scheme.activations == "fp8" for run in x.runs)}
+        if all(device.type == "cuda" for device in devices) and torch.cuda.is_available():
+            return any(torch.cuda.get_device_capability(device) < (8, 9) for device in devices)
+        return bool(devices)
 
     def _schemes(self) -> dict[str, int]:
         """Sites by what they run, such as W8A8; with "or" between what they run at different steps."""
