@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 import time
 from types import SimpleNamespace
 
@@ -87,41 +86,6 @@ def test_timing_and_speedup_by_hand():
     assert (single.low, single.value, single.high, single.samples) == (3, 3, 3, 1)
     with pytest.raises(ValueError, match="equally many"):
         speedup([1.0], [1.0, 2.0])
-
-
-# --- other people's accelerations ---
-
-
-def test_peers_run_beside_and_what_cannot_run_says_why(pixart, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tomesd", None)
-    before = {name: sorted(m.__dict__) for name, m in pixart.transformer.named_modules()}
-    peers = ("first-block-cache=0.3", "torchao-int8", "deepcache", "tomesd", "taylorseer=2")
-    result = compare(pixart, {}, ["a", "b"], (0,), _calls(num_inference_steps=8), (), peers=peers)
-    kinds = {row.name: row.kind for row in result.rows}
-    assert kinds == {"reference": "reference", **dict.fromkeys(["first-block-cache 0.3", "torchao-int8"], "peer")}
-    assert result.row("first-block-cache 0.3").identical == 0  # it skipped something
-    assert 15 < result.row("torchao-int8").psnr.mean < 90
-    notes = " ".join(result.notes)
-    assert "tomesd 0.5 cannot run here: MissingPackageError: tomesd needs tomesd: pip install tomesd" in notes
-    assert "deepcache 2 cannot run here" in notes and "deepcache 3 cannot run here" in notes
-    assert "taylorseer 2 cannot run here: InputError: it finds nothing to hook" in notes
-    assert result.restored and before == {name: sorted(m.__dict__) for name, m in pixart.transformer.named_modules()}
-
-
-def test_a_peer_comes_off_a_pipeline_that_opens_cache_contexts():
-    """Its registries are there before, and must not keep the hooks: the second turn would find them."""
-    pipe = PIPELINES["wan"].build()
-    calls = {**_request("wan"), "num_inference_steps": 3}
-    result = compare(pipe, {}, ["a", "b"], (0,), calls, (), peers=("sea-cache", "first-block-cache=0.3"), turn=1)
-    assert [row.kind for row in result.rows] == ["reference", "peer", "peer", "peer"] and result.restored
-
-
-@pytest.mark.parametrize(
-    ("peer", "message"), [("cache-dti", "did you mean 'cache-dit'"), ("taylorseer=x", "must be a number, got 'x'")]
-)
-def test_unknown_peers_are_refused(pixart, peer, message):
-    with pytest.raises(InputError, match=message):
-        compare(pixart, {}, ["a"], calls=_calls(), peers=(peer,))
 
 
 # --- the meter ---

@@ -29,12 +29,51 @@ def _calls(steps=8):
     return {**request, "num_inference_steps": steps}
 
 
+def _wan_request():
+    return {k: v for k, v in PIPELINES["wan"].request.items() if k != "output_type"}
+
+
 def _compare(pipe, peers, prompts=("a", "b"), **more):
     return compare(pipe, {}, list(prompts), (0,), _calls(), (), peers=peers, progress=False, **more)
 
 
 def _state(pipe):
     return {name: (sorted(m.__dict__), sorted(m._modules), type(m)) for name, m in pipe.transformer.named_modules()}
+
+
+# --- side by side ---
+
+
+def test_peers_run_beside_and_what_cannot_run_says_why(pixart, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomesd", None)
+    before = {name: sorted(m.__dict__) for name, m in pixart.transformer.named_modules()}
+    peers = ("first-block-cache=0.3", "torchao-int8", "deepcache", "tomesd", "taylorseer=2")
+    result = compare(pixart, {}, ["a", "b"], (0,), _calls(8), (), peers=peers)
+    kinds = {row.name: row.kind for row in result.rows}
+    assert kinds == {"reference": "reference", **dict.fromkeys(["first-block-cache 0.3", "torchao-int8"], "peer")}
+    assert result.row("first-block-cache 0.3").identical == 0  # it skipped something
+    assert 15 < result.row("torchao-int8").psnr.mean < 90
+    notes = " ".join(result.notes)
+    assert "tomesd 0.5 cannot run here: MissingPackageError: tomesd needs tomesd: pip install tomesd" in notes
+    assert "deepcache 2 cannot run here" in notes and "deepcache 3 cannot run here" in notes
+    assert "taylorseer 2 cannot run here: InputError: it finds nothing to hook" in notes
+    assert result.restored and before == {name: sorted(m.__dict__) for name, m in pixart.transformer.named_modules()}
+
+
+def test_a_peer_comes_off_a_pipeline_that_opens_cache_contexts():
+    """Its registries are there before, and must not keep the hooks: the second turn would find them."""
+    pipe = PIPELINES["wan"].build()
+    calls = {**_wan_request(), "num_inference_steps": 3}
+    result = compare(pipe, {}, ["a", "b"], (0,), calls, (), peers=("sea-cache", "first-block-cache=0.3"), turn=1)
+    assert [row.kind for row in result.rows] == ["reference", "peer", "peer", "peer"] and result.restored
+
+
+@pytest.mark.parametrize(
+    ("peer", "message"), [("cache-dti", "did you mean 'cache-dit'"), ("taylorseer=x", "must be a number, got 'x'")]
+)
+def test_unknown_peers_are_refused(pixart, peer, message):
+    with pytest.raises(InputError, match=message):
+        compare(pixart, {}, ["a"], calls=_calls(), peers=(peer,))
 
 
 # --- names ---
