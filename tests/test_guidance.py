@@ -68,7 +68,7 @@ def test_no_guidance_inside_an_interval():
 
 def test_a_denoiser_that_mixes_samples_is_left_alone():
     model = Denoiser(mixes=True)
-    outputs, report = batched(model, Plan(guidance=GuidanceReuse(steps=(0.0, 1.0))))
+    outputs, report = batched(model, Plan(guidance=GuidanceReuse(every=2, steps=(0.0, 1.0))))
     plain, _ = batched(Denoiser(mixes=True), NOTHING)
     assert report.facts["uncond_reused"] == 0 and "half a batch does not give half the output" in report.notes[0]
     torch.testing.assert_close(outputs, plain, atol=0, rtol=0)
@@ -117,7 +117,7 @@ def test_pipelines(name):
     specimen = PIPELINES[name]
     pipe = specimen.build()
     plain = specimen.call(pipe)
-    with accelerate(pipe, Plan(guidance=GuidanceReuse(steps=(0.0, 1.0)))) as accel:
+    with accelerate(pipe, Plan(guidance=GuidanceReuse(every=2, steps=(0.0, 1.0)))) as accel:
         changed = specimen.call(pipe)
         report = accel.report().techniques[0]
     assert (report.facts["uncond_reused"] > 0) is (name not in UNGUIDED), report.notes

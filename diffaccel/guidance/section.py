@@ -24,16 +24,16 @@ class GuidanceReuse(Section):
 
     Args:
         every: within ``steps`` the branch is computed on every so-manieth step.
-        forecast: how the difference goes on: ``hold``, ``linear`` or ``trend`` as in `StepCache`; ``zero`` drops
+        forecast: how the difference goes on: ``hold`` (the last), ``linear`` or ``trend`` as in `StepCache`; ``zero`` drops
             guidance there (interval guidance, arXiv:2404.07724), and never computes the branch.
-        steps: range of progress in which the branch may be left out.
+        steps: range of progress in which the branch may be left out. Early differences decide what the picture becomes.
     """
 
     technique: ClassVar[str] = "guidance"
 
-    every: int = 2
-    forecast: str = "trend"
-    steps: tuple[float, float] = (0.2, 1.0)
+    every: int = 3
+    forecast: str = "hold"
+    steps: tuple[float, float] = (0.4, 1.0)
 
     def __post_init__(self) -> None:
         self._check_number("every", 2, 1000, whole=True)
