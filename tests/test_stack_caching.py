@@ -7,8 +7,8 @@ from torch import nn
 from zoo import ZOO, tensors_of
 
 from diffaccel import Plan, PlanError, StepCache, accelerate
-from diffaccel.forecast import Forecast
 from diffaccel.caching.policies import SeaCache
+from diffaccel.forecast import Forecast
 
 STEPS = 4
 # Between the blocks of these something is added or joined to their streams; there whole calls are skipped.

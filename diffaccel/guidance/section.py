@@ -24,8 +24,8 @@ class GuidanceReuse(Section):
 
     Args:
         every: within ``steps`` the branch is computed on every so-manieth step.
-        forecast: how the difference goes on: ``hold`` (the last), ``linear`` or ``trend`` as in `StepCache`; ``zero`` drops
-            guidance there (interval guidance, arXiv:2404.07724), and never computes the branch.
+        forecast: how the difference goes on: ``hold`` (the last), ``linear`` or ``trend`` as in `StepCache`; ``zero``
+            drops guidance there (interval guidance, arXiv:2404.07724), and never computes the branch.
         steps: range of progress in which the branch may be left out. Early differences decide what the picture becomes.
     """
 
