@@ -27,26 +27,23 @@ from rich.table import Table
 
 from diffaccel.assets.make.world import draw_image, draw_scene
 from diffaccel.eval.compare import compare
-from diffaccel.eval.measures import measures_of, score
+from diffaccel.eval.measures import Score, measures_of, score
 from diffaccel.pipelines.bundled import bundled
 from diffaccel.pipelines.loading import load
 
 MEASURES = ("clip", "adherence", "fid", "cmmd")
 DRAWINGS = 400
 NOISE = 0.1
-# (measure, what must be better, what must be worse)
-ORDERS = [
-    ("clip", "reference", "another's prompt"),
-    ("adherence", "reference", "another's prompt"),
-    ("clip", "reference", "noise"),
-    ("fid", "reference", "noise"),
-    ("cmmd", "reference", "noise"),
-    ("adherence", "reference", "4 steps"),
-    ("clip", "reference", "4 steps"),
-    ("fid", "reference", "4 steps"),
-    ("fid", "8 steps", "4 steps"),
-    ("cmmd", "reference", "4 steps"),
-]
+SWAPPED = "another's prompt"
+# By row, the measures that must show it to be worse than the original.
+WORSE = {
+    SWAPPED: ("clip", "adherence"),
+    "noise": ("clip", "fid", "cmmd"),
+    "8 steps": ("clip", "fid"),
+    "4 steps": ("clip", "adherence", "fid", "cmmd"),
+}
+Number = tuple[float, float, float]
+"""A value and its 95 % interval."""
 
 
 def main() -> None:
@@ -58,25 +55,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        values = run(folder, bundled("bundled:image").prompts()[: options.prompts])
+        rows = run(folder, bundled("bundled:image").prompts()[: options.prompts])
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", *MEASURES):
-        table.add_column(name)
-    for row, scores in values.items():
-        table.add_row(row, *("%.3g [%.3g, %.3g]" % scores[m] if m in scores else "-" for m in MEASURES))  # noqa: UP031
-    Console().print(table)
-    wrong = [order for order in ORDERS if not clear(values, *order)]
-    for measure, better, worse in ORDERS:
-        said = "NOT clear" if (measure, better, worse) in wrong else "clear"
-        print(f"{measure}: {better} better than {worse}: {said}")
-    sys.exit(bool(wrong))
+        table.add_column(name, no_wrap=True)
+    for row, (scores, drops) in rows.items():
+        table.add_row(row, *(_text(scores.get(m)) for m in MEASURES))
+        if drops:
+            table.add_row("  worse by", *(_text(drops.get(m)) for m in MEASURES), style="dim")
+    Console(width=140).print(table)
+    unclear = [f"{m} on {row}" for row, measures in WORSE.items() for m in measures if not rows[row][1][m][1] > 0]
+    print("in dim lines: worse than the reference by so much, paired by prompt, with its 95 % interval")
+    print(f"not clear: {', '.join(unclear)}" if unclear else "every row is worse beyond the interval, as it must be")
+    sys.exit(bool(unclear))
 
 
-def run(folder: Path, prompts: list[str]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By row and measure: the value and its 95 % interval."""
-    wrapped = load("bundled:image")
+def run(folder: Path, prompts: list[str]) -> dict[str, tuple[dict[str, Number], dict[str, Number]]]:
+    """By row and measure: the number, and by how much it is worse than the reference's."""
     result = compare(
-        wrapped,
+        load("bundled:image"),
         {"noise": noisy},
         prompts,
         controls=[8, 4],
@@ -85,20 +82,23 @@ def run(folder: Path, prompts: list[str]) -> dict[str, dict[str, tuple[float, fl
         folder=folder / "run",
         turn=len(prompts),
     )
-    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    rows = {}
     for row in result.rows:
-        found[row.name] = {name: _interval(score) for name, score in row.numbers().items() if name in MEASURES}
+        numbers = {name: score for name, score in row.numbers().items() if name in MEASURES}
+        drops = {name: tuple(score.drop) for name, score in numbers.items() if score.drop is not None}
+        rows[row.name] = {name: _number(score) for name, score in numbers.items()}, drops
     assert result.store is not None
-    found["another's prompt"] = {}
+    swapped: dict[str, Score] = {}
+    count = len(prompts)
     for one in measures_of(("clip", "adherence"), prompts, video=False):
-        if one.measure.name not in MEASURES:
-            continue
-        values = [
-            one.compute(result.store.shown("reference", i), prompts[(i + len(prompts) // 2) % len(prompts)])
-            for i in range(len(prompts))
-        ]
-        found["another's prompt"][one.measure.name] = _interval(score(one.measure, values, list(range(len(prompts)))))
-    return found
+        if one.measure.name in MEASURES:
+            samples = [result.store.shown("reference", i) for i in range(count)]
+            own = [one.compute(x, prompts[i]) for i, x in enumerate(samples)]
+            others = [one.compute(x, prompts[(i + count // 2) % count]) for i, x in enumerate(samples)]
+            swapped[one.measure.name] = score(one.measure, others, range(count), own)
+    drops = {name: tuple(value.drop) for name, value in swapped.items() if value.drop is not None}
+    rows[SWAPPED] = {name: _number(value) for name, value in swapped.items()}, drops
+    return rows
 
 
 def drawings(folder: Path) -> Path:
@@ -127,14 +127,12 @@ def noisy(pipe: Any) -> Iterator[None]:
         handle.remove()
 
 
-def clear(values: dict[str, dict[str, tuple[float, float, float]]], measure: str, better: str, worse: str) -> bool:
-    """Whether the intervals lie apart, on the right sides."""
-    (_, low, high), (_, worse_low, worse_high) = values[better][measure], values[worse][measure]
-    return high < worse_low if measure in ("fid", "cmmd") else worse_high < low
+def _number(value: Any) -> Number:
+    return getattr(value, "mean", getattr(value, "value", 0.0)), value.low, value.high
 
 
-def _interval(value: Any) -> tuple[float, float, float]:
-    return (getattr(value, "mean", getattr(value, "value", None)), value.low, value.high)
+def _text(number: Number | None) -> str:
+    return "" if number is None else "{:.3g} [{:.3g}, {:.3g}]".format(*number)
 
 
 if __name__ == "__main__":
