@@ -115,7 +115,7 @@ class Request:
             "noise_floor": self.noise_floor,
             "measures": list(self.measures),
             "extractors": {one.key: _network(one.extractor) for one in sets} or None,
-            "against": None if data is None else f"{data.path}: {data.identity}",
+            "against": None if data is None else f"{data.identity} in {data.path}",
             "peers": list(self.peers),
             "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
