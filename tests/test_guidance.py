@@ -30,14 +30,29 @@ class Denoiser(nn.Module):
 def batched(model, plan, steps=6, samples=2):
     """A run with both halves in one call; outputs and the report."""
     with accelerate(model, plan) as accel:
-        accel.clock.start(steps)
-        x = torch.randn(samples, 5, 4, generator=torch.Generator().manual_seed(0))
-        text = torch.cat([NO_TEXT.expand(samples, -1, -1), TEXT.expand(samples, -1, -1)])
-        outputs = []
-        for step in range(steps):
-            outputs.append(model(torch.cat([x, x]) / (1 + step), 1000.0 - 100 * step, text))
-            accel.clock.advance()
-        return outputs, accel.report().techniques[0]
+        return batched_run(model, accel, steps, samples), accel.report().techniques[0]
+
+
+def batched_run(model, accel, steps, samples):
+    accel.clock.start(steps)
+    x = torch.randn(samples, 5, 4, generator=torch.Generator().manual_seed(0))
+    text = torch.cat([NO_TEXT.expand(samples, -1, -1), TEXT.expand(samples, -1, -1)])
+    outputs = []
+    for step in range(steps):
+        outputs.append(model(torch.cat([x, x]) / (1 + step), 1000.0 - 100 * step, text))
+        accel.clock.advance()
+    return outputs
+
+
+def test_another_batch_size_in_the_next_run():
+    plan, model = Plan(guidance=GuidanceReuse(forecast="linear", steps=(0.0, 1.0), every=2)), Denoiser()
+    with accelerate(model, plan) as accel:
+        for samples in (2, 1, 3, 2):
+            model.rows.clear()
+            outputs = batched_run(model, accel, 6, samples)
+            assert [len(v) for v in outputs] == [2 * samples] * 6 and set(model.rows) == {samples, 2 * samples}
+            plain, _ = batched(Denoiser(), NOTHING, samples=samples)
+            torch.testing.assert_close(outputs[3:], plain[3:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("forecast", ["hold", "linear", "trend"])

@@ -237,6 +237,12 @@ def test_bad_settings(settings, message):
         StepCache(**settings)
 
 
+@pytest.mark.parametrize(("front", "back"), [(6, 0), (3, 3), (2, 9)])
+def test_nothing_left_to_skip_is_refused(front, back):
+    with pytest.raises(PlanError, match=f"front={front} and back={back} leave none of the 6 blocks of transformer"):
+        accelerate(Toy(), every_other(front=front, back=back))
+
+
 def test_taylorseer_orders():
     assert [StepCache.taylorseer(3, order).forecast for order in (0, 1, 2)] == ["hold", "linear", "quadratic"]
     with pytest.raises(PlanError, match="order 0, 1 or 2, got 3"):

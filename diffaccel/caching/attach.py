@@ -31,7 +31,7 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
     """Check that nothing else caches steps and that what the policy needs is there.
 
     Raises:
-        PlanError: another cache is on a denoiser, or MagCache has no calibrated ratios.
+        PlanError: another cache is on a denoiser, MagCache has no calibrated ratios, or no block would ever be skipped.
     """
     (section,) = sections
     for denoiser in context.denoisers:
@@ -40,6 +40,11 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
             raise PlanError(
                 f"{denoiser.component} already has a cache of diffusers ({other}), and two caches would skip twice; "
                 f"take it off (pipe.{denoiser.component}.disable_cache()) or leave caching out of the plan"
+            )
+        if denoiser.blocks and section.front + section.back >= len(denoiser.blocks):
+            raise PlanError(
+                f"StepCache.front={section.front} and back={section.back} leave none of the {len(denoiser.blocks)} "
+                f"blocks of {denoiser.component} to skip"
             )
     ratios = {d.component: ratios_of(context.artefacts, d.component) for d in context.denoisers}
     if section.policy == "mag" and not any(ratios.values()):

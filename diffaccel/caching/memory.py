@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -10,8 +9,7 @@ from torch import Tensor
 from diffaccel.caching.stack import Ask, Stack
 from diffaccel.forecast import Forecast
 from diffaccel.latents import alike, output_tensors
-
-Compute = Callable[[], Any]
+from diffaccel.root import Compute
 
 
 class Memory(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,8 @@ from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.latents import latent_tensors, output_like, output_tensors
 from diffaccel.plan import in_steps
 from diffaccel.report import TechniqueReport
+from diffaccel.root import Compute
 from diffaccel.technique import Context
-
-Compute = Callable[..., Any]
-"""Runs the denoiser; given a function, on arguments that went through it."""
 
 
 def resolve(sections: Sequence[GuidanceReuse], context: Context) -> GuidanceReuse:
@@ -45,13 +43,13 @@ class ReusedGuidance:
     With two calls per step, the conditional one first, the second is left out. With one call of both halves, known by
     latents that are there twice, the first half is cut from the batch (the unconditional one in nearly all pipelines;
     where it is the other, so is the sign of the difference). That this gives the second half of the output is tried
-    once; a denoiser that mixes samples is left alone.
+    once for each size; a denoiser that mixes samples is left alone.
     """
 
     def __init__(self, section: GuidanceReuse) -> None:
         self._section = section
-        self._cut: halves.Cut | None = None  # how the arguments of half a batch are made
-        self._tried = False
+        # By shapes of the latents: how the arguments of half a batch are made, None where no way works.
+        self._cuts: dict[tuple[torch.Size, ...], halves.Cut | None] = {}
         self.computed = self.reused = 0
         self.notes: dict[str, None] = {}
         self._begin(None)
@@ -77,7 +75,7 @@ class ReusedGuidance:
             if self._joint is None and not first:  # at the first step a batch of two may have the same noise
                 self._joint = halves.are_equal(latents, self._shapes, self._listed)
             if self._joint:
-                return self._batched(call, arguments, compute)
+                return self._batched(call, arguments, tuple(x.shape for x in latents), compute)
             output = compute()
             outputs = output_tensors(output)
             self._shapes, self._listed = [v.shape for v in outputs], halves.list_of(output) is not None
@@ -101,20 +99,22 @@ class ReusedGuidance:
         self._learn(cond, output_tensors(output), call)
         return output
 
-    def _batched(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
+    def _batched(
+        self, call: Call, arguments: Mapping[str, Any], shapes: tuple[torch.Size, ...], compute: Compute
+    ) -> Any:
         """One call of both halves."""
-        if self._cut is not None and self._may_leave_out(call):
-            output = compute(self._cut)
+        cut = self._cuts.get(shapes)
+        if cut is not None and self._may_leave_out(call):
+            output = compute(cut)
             second = output_tensors(output)
             self._count(reused=True)
             return halves.joined(output, self._without(second, call), second)
         output = compute()
-        if not self._tried and in_steps(call.progress, self._section.steps):
-            self._tried = True
-            self._cut = halves.cut_that_works(arguments, compute, output)
-            if self._cut is None:
+        if shapes not in self._cuts and in_steps(call.progress, self._section.steps):
+            cut = self._cuts[shapes] = halves.cut_that_works(arguments, compute, output)
+            if cut is None:
                 self.notes["half a batch does not give half the output: nothing is left out"] = None
-        if self._cut is not None or not self._tried:
+        if cut is not None or shapes not in self._cuts:
             first, second = halves.split(output)
             self._learn(second, first, call)
         return output
