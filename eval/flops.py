@@ -58,7 +58,7 @@ class FlopCounter(TorchDispatchMode):
             count = int(formula(*args, **(kwargs or {}), out_val=out))
             self.by_operator[str(packet)] += count
             self.within += count if self._depth else 0
-        elif _namespace(func) not in ("aten", "prim", "prims", "diffaccel"):
+        elif _namespace(func) not in ("aten", "prim", "prims") and str(packet) not in _ELEMENT_WISE:
             self.uncounted.add(str(packet))
         return out
 
@@ -96,6 +96,25 @@ def _formula(packet: Any) -> Callable[..., int] | None:
 def _linear(x: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
     """``x`` [..., K] and a weight -> [..., N]: each element of the output sums K products."""
     return 2 * x.shape[-1] * out_val.numel()
+
+
+def _packed_linear(x: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    """Likewise, and its low-rank branch ``down`` [R, K], ``up`` [N, R], where there is one."""
+    down = args[5]
+    branch = 0 if down is None else 2 * down.shape[0] * (x.numel() + out_val.numel())
+    return _linear(x, out_val=out_val) + branch
+
+
+def _conv(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor, **kwargs: Any) -> int:
+    """``weight`` [N, C / groups, h, w]: each element of the output sums as many products as a filter has weights."""
+    return 2 * out_val.numel() * (weight.numel() // weight.shape[0])
+
+
+def _hadamard(x: Tensor, before: Tensor | None, after: Tensor | None, block: int, *args: Any, out_val: Any) -> int:
+    """The product with a matrix; on the CPU that of the block's last halves, since sums of halves are element-wise."""
+    from diffaccel.kernels.hadamard import SMALL
+
+    return 2 * x.numel() * (min(block, SMALL) if x.device.type == "cpu" else block)
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, out_val: Any, **kwargs: Any) -> int:
@@ -147,6 +166,11 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten._weight_int8pack_mm": _linear,
     "aten._weight_int4pack_mm": _linear,
     "onednn.qlinear_pointwise": _linear,
+    "diffaccel.int4_linear": _packed_linear,
+    "diffaccel.int8_conv": _conv,
+    "diffaccel.hadamard": _hadamard,
+    "diffaccel.hadamard_quantize": _hadamard,
     "diffaccel.block_sparse_attention": _block_sparse,
     "diffaccel.sparse_attention": _listed_blocks,
 }
+_ELEMENT_WISE = {"diffaccel.token_quantize", "diffaccel.permute_tokens", "diffaccel.dequantize_weight"}

@@ -26,7 +26,7 @@ LARGEST_BLOCK = 128
 # Elements rotated at a time on the CPU, so that they are still in the second-level cache when they are quantised.
 _CHUNK = 1 << 18
 # A product with H of this size is as fast as the sums and differences that it replaces.
-_SMALL = 32
+SMALL = 32
 
 
 def block_for(width: int) -> int:
@@ -211,7 +211,7 @@ def _rotated(rows: Tensor, before: Tensor | None, after: Tensor | None, block: i
     if before is not None:
         rows = (rows * before.float()).to(rows.dtype)
     y, size = rows.float(), block
-    while size > _SMALL:
+    while size > SMALL:
         size //= 2
         halves, y = y.reshape(-1, 2, size), torch.empty_like(y, memory_format=torch.contiguous_format)
         torch.add(halves[:, 0], halves[:, 1], out=y.view(halves.shape)[:, 0])

@@ -13,6 +13,7 @@ from zoo_pipelines import PIPELINES
 
 from diffaccel import Plan, StepCache
 from diffaccel.errors import InputError
+from diffaccel.eval import flops
 from diffaccel.eval.compare import compare
 from diffaccel.eval.energy import energy_counter
 from diffaccel.eval.flops import FlopCounter, count_flops
@@ -21,6 +22,10 @@ from diffaccel.eval.page import write_page
 from diffaccel.eval.stages import Stages
 from diffaccel.eval.timing import Spread
 from diffaccel.kernels.block_sparse import block_sparse_attention
+from diffaccel.kernels.fit_int4 import quantize_int4
+from diffaccel.kernels.hadamard import hadamard
+from diffaccel.kernels.int4_linear import int4_linear
+from diffaccel.kernels.int8_conv import Geometry, int8_conv, pack_filters, quantize_filters
 from diffaccel.kernels.int8_linear import int8_linear, pack, quantize_per_channel
 from diffaccel.kernels.sparse_attention import sparse_attention
 
@@ -48,6 +53,26 @@ def test_our_operators_by_hand():
     packed = pack(*quantize_per_channel(w))
     found = _counted(lambda: int8_linear(x, packed))
     assert found.by_operator == {"diffaccel.int8_linear": 2 * 18 * 32 * 24} and not found.uncounted
+
+
+def test_our_operators_for_packed_weights_by_hand():
+    x = torch.randn(3, 6, 64)
+    packed, low_rank = quantize_int4(torch.randn(24, 64), 32), (torch.randn(4, 64), torch.randn(24, 4))
+    found = _counted(lambda: int4_linear(x, packed, low_rank=low_rank))
+    assert found.by_operator == {"diffaccel.int4_linear": 2 * 18 * (64 * 24 + 4 * 64 + 24 * 4)} and not found.uncounted
+    conv = nn.Conv2d(8, 12, 3, padding=1, groups=2)
+    filters = pack_filters(*quantize_filters(conv.weight), Geometry((1, 1), (1, 1), (1, 1), 2), "dense")
+    found = _counted(lambda: int8_conv(torch.randn(2, 8, 5, 7), filters, conv.bias))
+    assert found.by_operator == {"diffaccel.int8_conv": 2 * (2 * 12 * 5 * 7) * 4 * 9} and not found.uncounted
+    found = _counted(lambda: hadamard(x))
+    assert set(found.by_operator) == {"diffaccel.hadamard"} and 0 < found.total <= 2 * 18 * 64 * 64
+
+
+def test_each_of_our_operators_is_counted_or_multiplies_nothing():
+    known = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("diffaccel::")}
+    names = {name.replace("::", ".") for name in known}
+    assert {"diffaccel.int8_conv", "diffaccel.int4_linear", "diffaccel.hadamard"} <= names
+    assert [name for name in names if name not in flops._ELEMENT_WISE and flops._formula(name) is None] == []
 
 
 @pytest.mark.parametrize("path", ["blocks", "dense"])
