@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
     from diffaccel.calibration import calibrate
     from diffaccel.quantization.config import DiffAccelConfig
+    from diffaccel.quantizing import quantize
 
 __all__ = [
     "Accelerated",
@@ -44,6 +45,7 @@ __all__ = [
     "StepCache",
     "accelerate",
     "calibrate",
+    "quantize",
 ]
 
 _LAZY = {
@@ -51,6 +53,7 @@ _LAZY = {
     "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
+    "quantize": "diffaccel.quantizing",
 }
 
 
