@@ -102,6 +102,7 @@ def accelerate(
             for denoiser in denoisers:
                 context.root(denoiser)
         attached = [_MODULES[technique].attach(sites, context) for technique, sites in resolved.items()]
+        notes = [*notes, *diffaccel.quantization.attach.follow_policies(context)]
         on_failure.pop_all()
     return Accelerated(resolved_plan, context, attached, notes)
 

@@ -103,6 +103,11 @@ class Clock:
         self._driven = True
         self._end_step()
 
+    @property
+    def steps(self) -> int | None:
+        """Length of the full schedule of the latest run; None before the first, or where only the loop knows it."""
+        return len(self._schedule) or None
+
     # --- the loop ---
 
     def call(self, arguments: Mapping[str, Any], timestep: Any, context: CacheContext | None, caller: str = "") -> Call:

@@ -20,6 +20,7 @@ from diffaccel.quantization.channels import channels_of
 from diffaccel.quantization.eligible import form_at, parameter_users, refuse_group_offload, why_not
 from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
 from diffaccel.quantization.linear import become_plain, become_quantized
+from diffaccel.quantization.policy import PolicyPhase, policy_of
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
 from diffaccel.quantization.rotation import block_size
@@ -118,6 +119,21 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
     return QuantizedLinears(resolved, context, originals, layers, dict(facts), notes)
 
 
+def follow_policies(context: Context) -> list[str]:
+    """Make models that were loaded with a step policy follow it; gives notes that say which."""
+    notes = []
+    for denoiser in context.denoisers:
+        phases = {layer.phase for layer in denoiser.module.modules() if isinstance(layer, QuantizedLayer)}
+        for phase in (phase for phase in phases if isinstance(phase, PolicyPhase)):
+            context.undo.callback(phase.release)
+            context.root(denoiser).listeners.append(phase.follow)
+            notes.append(
+                f"{denoiser.component} follows its step policy: activations in 16 bits in the first "
+                f"{phase.policy.first} and last {phase.policy.last} steps"
+            )
+    return notes
+
+
 def _follow_phases(resolved: Resolved, context: Context) -> dict[tuple[str, Schedule], Phase]:
     """By component and schedule; each follows its denoiser's calls from now on."""
     phases: dict[tuple[str, Schedule], Phase] = {}
@@ -178,7 +194,18 @@ class QuantizedLinears:
         self._originals.discard()
         for denoiser in self._context.denoisers:
             if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
-                mark_quantized(denoiser.module, self._resolved.sections[-1])
+                sites = self._resolved.sites.items()
+                schedules = [schedule for site, schedule in sites if site.component == denoiser.component]
+                policy, reason = policy_of(schedules, self._context.clock.steps)
+                if policy is not None:
+                    first, last = f"first {policy.first}", f"last {policy.last}"
+                    self._notes.append(
+                        f"{denoiser.component} is saved with a step policy: activations in 16 bits in the {first} and "
+                        f"{last} of {self._context.clock.steps} steps"
+                    )
+                elif reason:
+                    self._notes.append(f"{denoiser.component} is saved in its widest form for all steps: {reason}")
+                mark_quantized(denoiser.module, self._resolved.sections[-1], policy)
 
     def _lacks_fp8_product(self) -> bool:
         layers = self._layers.values()

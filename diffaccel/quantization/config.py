@@ -10,6 +10,7 @@ import torch
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from diffaccel.errors import PlanError
+from diffaccel.quantization.policy import read_policy
 from diffaccel.quantization.register import register
 from diffaccel.quantization.section import Quantize
 
@@ -36,9 +37,11 @@ class DiffAccelConfig(QuantizationConfigMixin):
             ``from_pretrained`` goes before it.
         saved: written when a model is saved: what its layers run, a list of objects, each with the names of its
             ``layers``.
+        runtime: ``{"diffusion_step_policy": ...}``, see `diffaccel.quantization.policy`: first and last steps whose
+            activations are not rounded. `diffaccel.accelerate` makes the loaded pipeline follow it.
 
     Raises:
-        PlanError: a value that `Quantize` refuses, or an unknown field.
+        PlanError: a value that `Quantize` refuses, or a policy that cannot be run.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class DiffAccelConfig(QuantizationConfigMixin):
         refine: int = 0,
         dtype: str | None = None,
         saved: Sequence[Mapping[str, Any]] = (),
+        runtime: Mapping[str, Any] | None = None,
         quant_method: str = _Method.DIFFACCEL.value,
     ) -> None:
         self.settings = Quantize(
@@ -70,6 +74,8 @@ class DiffAccelConfig(QuantizationConfigMixin):
         self.quant_method = _Method(quant_method)
         self.dtype = dtype
         self.saved = [dict(entry) for entry in saved]
+        self.policy = read_policy(runtime)
+        self.runtime = None if runtime is None else dict(runtime)
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
@@ -79,7 +85,8 @@ class DiffAccelConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         body = {name: getattr(self.settings, name) for name in _SETTINGS}
-        return {**body, "dtype": self.dtype, "saved": self.saved, "quant_method": self.quant_method.value}
+        runtime = {} if self.runtime is None else {"runtime": self.runtime}
+        return {**body, "dtype": self.dtype, "saved": self.saved, **runtime, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same; diffusers logs it."""

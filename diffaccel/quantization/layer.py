@@ -159,8 +159,8 @@ class QuantizedLayer(nn.Module):
 
     @property
     def saved_run(self) -> Run:
-        """How a layer runs that is loaded from a file."""
-        return max(self.runs, key=lambda run: run.scheme.bits)
+        """How a layer runs that is loaded from a file: the widest form, of weights first."""
+        return max(self.runs, key=lambda run: (run.scheme.bits, run.scheme.activations == "float"))
 
     def _load_from_state_dict(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +18,7 @@ from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.eligible import form_at, parameter_users, why_not
 from diffaccel.quantization.layer import SAVED, QuantizedLayer
 from diffaccel.quantization.linear import become_plain, become_quantized
+from diffaccel.quantization.policy import PolicyPhase, StepPolicy, runs_under
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.register import register
 from diffaccel.quantization.schedule import Schedule
@@ -34,6 +36,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._saved: dict[str, set[str]] = {}  # layer -> names of its tensors in the file
         self._planned: dict[str, Schedule] = {}
+        policy = quantization_config.policy
+        self._phase = None if policy is None else PolicyPhase(policy)
 
     @property
     def is_serializable(self) -> bool:
@@ -110,7 +114,8 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             tensors = prepare(param_value.to(target_device), None, schedule)
             if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point() and t.itemsize > 1):
                 raise ModelError(f"{param_name} holds values that are not finite")
-            become_quantized(layer, runs_of(schedule, param_value.shape)[0], tensors, param_value.dtype)
+            (run,), _ = runs_of(schedule, param_value.shape)
+            self._become(layer, run, tensors, param_value.dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name in self._saved:
@@ -123,7 +128,7 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             try:
                 complete = all(t.device.type != "meta" for t in tensors.values())
                 with torch.no_grad():  # in the form that is fastest here, one layer at a time
-                    become_quantized(layer, runs, tensors, dtype)
+                    self._become(layer, runs[0], tensors, dtype)
                     complete = complete and layer.dequantized().shape == layer.weight_shape
             except (KeyError, ValueError, RuntimeError) as error:
                 raise ModelError(
@@ -131,9 +136,19 @@ class DiffAccelQuantizer(DiffusersQuantizer):
                 ) from None
             if not complete:
                 raise ModelError(f"the checkpoint holds only a part of {name}; save the model again")
-        self.quantization_config.saved = _describe(model)
+        if self._phase is not None:
+            warnings.warn(
+                "diffaccel: by its step policy this model leaves activations in 16 bits in some steps; "
+                "diffaccel.accelerate(pipe, diffaccel.Plan()) follows it, until then no step does",
+                stacklevel=2,
+            )
+        self.quantization_config.saved = _describe(model, native=self._phase is not None)
         self.quantization_config.dtype = self.quantization_config.dtype or str(model.dtype).removeprefix("torch.")
         return model
+
+    def _become(self, layer: nn.Module, run: Run, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        runs = runs_under(self.quantization_config.policy, run)
+        become_quantized(layer, runs, tensors, dtype, phase=self._phase if len(runs) > 1 else None)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         for layer in model.modules():
@@ -142,13 +157,14 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         return model
 
 
-def mark_quantized(model: nn.Module, settings: Quantize) -> None:
+def mark_quantized(model: nn.Module, settings: Quantize, policy: StepPolicy | None = None) -> None:
     """Make ``save_pretrained`` of a model with quantized linears write what ``from_pretrained`` then reads."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer) and m.parked is None}
     config = DiffAccelConfig(
         sites=settings.sites,
         dtype=min(str(layer.weight_dtype).removeprefix("torch.") for layer in layers.values()),
-        saved=_describe(model),
+        saved=_describe(model, native=policy is not None),
+        runtime=None if policy is None else policy.to_dict(),
     )
     if isinstance(model, ConfigMixin):
         model.register_to_config(quantization_config=config)
@@ -157,12 +173,15 @@ def mark_quantized(model: nn.Module, settings: Quantize) -> None:
     model.quantization_method = config.quant_method  # type: ignore[assignment]
 
 
-def _describe(model: nn.Module) -> list[dict[str, Any]]:
-    """How the quantized layers run, with their names: what `_saved_runs` reads."""
+def _describe(model: nn.Module, *, native: bool) -> list[dict[str, Any]]:
+    """How the quantized layers run, with their names: what `_saved_runs` reads; ``native``: a policy says the rest."""
     by_run: defaultdict[Run, list[str]] = defaultdict(list)
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer) and layer.parked is None:
-            by_run[replace(layer.saved_run, suffix="")].append(name)
+            run = layer.saved_run
+            rounding = [r for r in layer.runs if r.suffix == run.suffix and r.scheme.activations != "float"]
+            run = rounding[0] if native and rounding else run
+            by_run[replace(run, suffix="")].append(name)
     entries = []
     for run, names in by_run.items():
         words = {"kind": run.kind, **asdict(run.scheme), "stored_group": run.group, "rotated": run.rotated}
