@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,14 @@ def may_measure(device: torch.device) -> bool:
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return False
     return not (device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+@lru_cache(maxsize=16)
+def has_triton(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether Triton kernels that need this compute capability run on ``device``."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= capability
 
 
 def token_bucket(tokens: int, cap: int = 4096) -> int:

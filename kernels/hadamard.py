@@ -19,8 +19,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from diffaccel.kernels._candidates import Trial, choose, token_bucket, worst_row_error
-from diffaccel.kernels.int8_linear import has_triton, quantize_per_token
+from diffaccel.kernels._candidates import Trial, choose, has_triton, token_bucket, worst_row_error
+from diffaccel.kernels.per_token import quantize_per_token
 
 LARGEST_BLOCK = 128
 # Elements rotated at a time on the CPU, so that they are still in the second-level cache when they are quantised.

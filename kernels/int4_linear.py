@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffaccel.kernels._candidates import Trial, choose, token_bucket, worst_row_error
+from diffaccel.kernels._candidates import Trial, choose, has_triton, token_bucket, worst_row_error
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
 from diffaccel.kernels.int4_activations import quantize_per_token_int4
-from diffaccel.kernels.int8_linear import activation_bits, has_triton, quantize_per_token, saturating_data
+from diffaccel.kernels.int8_linear import activation_bits, saturating_data
+from diffaccel.kernels.int8_rows import PLAIN, Conditioner, conditioned, quantize_rows
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, unpack
 
 # Codes unpacked at a time: on the CPU they stay in the second-level cache; on a GPU so many that it is busy.
@@ -42,8 +43,10 @@ def int4_linear_ref(
     activations: str = "int8",
     low_rank: tuple[Tensor, Tensor] | None = None,
     bits: int = 8,
+    how: Conditioner = PLAIN,
 ) -> Tensor:
     """The definition, its products in float64; arguments as for `int4_linear`, ``bits`` of int8 activations."""
+    x = conditioned(x, how)
     if activations != "float":
         group = packed.high.group if isinstance(packed, NestedWeight) else packed.group
         q, row_scale = _quantized(x, activations, group, bits)
@@ -63,6 +66,7 @@ def int4_linear(
     activations: str = "int8",
     low_rank: tuple[Tensor, Tensor] | None = None,
     path: str = "auto",
+    how: Conditioner = PLAIN,
 ) -> Tensor:
     """``x`` [..., K] float32, bfloat16 or float16 -> [..., N] in ``x.dtype``. Forward only.
 
@@ -74,6 +78,7 @@ def int4_linear(
         low_rank: down [R, K] and up [N, R], both in ``x.dtype``.
         path: "auto" measures the candidates at the first call of a shape class. "onednn", "int_mm", "triton" or "dense"
             (activations not quantised to int8) fixes one.
+        how: what is done to ``x`` beforehand, with int8 activations in the same pass.
 
     Raises:
         ValueError: Wrong dtype, shape or device, or a candidate that does not exist here.
@@ -81,7 +86,7 @@ def int4_linear(
     nibbles, multiplier, scale, low, group = _planes(packed)
     down, up = low_rank or (None, None)
     columns = packed.shape[1]
-    return _int4_linear(x, nibbles, multiplier, scale, low, bias, down, up, columns, group, activations, path)
+    return _int4_linear(x, nibbles, multiplier, scale, low, bias, down, up, columns, group, activations, path, *how)
 
 
 @torch.library.custom_op("diffaccel::int4_linear", mutates_args=())
@@ -98,6 +103,9 @@ def _int4_linear(
     group: int | None,
     activations: str,
     path: str,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    block: int = 1,
 ) -> Tensor:
     N, K = scale.shape[0], columns
     if x.shape[-1] != K or nibbles.device != x.device or (bias is not None and bias.shape != (N,)):
@@ -119,10 +127,16 @@ def _int4_linear(
         return x.new_empty((*x.shape[:-1], N))
     rows = x.reshape(-1, K)  # [M, K]
     weight = Planes(nibbles, multiplier, scale, low, group)
-    low_rank = None if down is None or up is None else (F.linear(rows, down), up)
     if path == "auto":
         path = _resolve(rows, weight, activations, names)
-    return _RUN[path, activations](rows, weight, bias, low_rank).to(x.dtype).view(*x.shape[:-1], N)
+    how = Conditioner(before, after, block)
+    if activations == "int8" and path != "dense" and down is None:  # nothing but the integers needs what goes in
+        y = _RUN[path, activations](rows, weight, bias, None, how)
+    else:
+        rows = conditioned(rows, how)
+        low_rank = None if down is None or up is None else (F.linear(rows, down), up)
+        y = _RUN[path, activations](rows, weight, bias, low_rank)
+    return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
 @_int4_linear.register_fake
@@ -148,19 +162,28 @@ class Planes(NamedTuple):
 LowRank = tuple[Tensor, Tensor] | None  # reduced [M, R] = x down^T, and up [N, R]
 
 
-def _quantized(x: Tensor, activations: str, group: int | None, bits: int) -> tuple[Tensor, Tensor]:
+def _quantized(
+    x: Tensor, activations: str, group: int | None, bits: int, how: Conditioner = PLAIN
+) -> tuple[Tensor, Tensor]:
     """Integers and the scale of each token."""
     if activations == "int4":
         return quantize_per_token_int4(x, group or _INT4_GROUP, bits)
-    return quantize_per_token(x, bits)
+    return quantize_rows(x, how, bits)
 
 
-def _onednn(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
+def _onednn(
+    activations: str,
+    x: Tensor,
+    weight: Planes,
+    bias: Tensor | None,
+    low_rank: LowRank,
+    how: Conditioner = PLAIN,
+) -> Tensor:
     """As in `int8_linear`, but codes go in as they are: bringing them into oneDNN's blocked layout takes as long as the
     product of 1024 tokens, whereas the product itself orders what it reads for next to nothing.
     """
     bits = activation_bits()
-    q, row_scale = _quantized(x, activations, weight.group, bits)
+    q, row_scale = _quantized(x, activations, weight.group, bits, how)
     zero_point = 64 if bits == 7 else 128
     q = (q.add_(64) if bits == 7 else q.bitwise_xor_(-128)).view(torch.uint8)
     zero = torch.zeros(len(weight.scale), dtype=torch.int64)
@@ -173,17 +196,30 @@ def _onednn(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, lo
     return _completed(_by_channels(x, weight, product), row_scale, bias, low_rank)
 
 
-def _int_mm(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
-    q, row_scale = _quantized(x, activations, weight.group, 8)
+def _int_mm(
+    activations: str,
+    x: Tensor,
+    weight: Planes,
+    bias: Tensor | None,
+    low_rank: LowRank,
+    how: Conditioner = PLAIN,
+) -> Tensor:
+    q, row_scale = _quantized(x, activations, weight.group, 8, how)
     y = _by_channels(x, weight, lambda codes, part: torch._int_mm(q, codes.t()).float().mul_(weight.scale[part]))
     return _completed(y, row_scale, bias, low_rank)
 
 
-def _triton_integer(activations: str, x: Tensor, weight: Planes, bias: Tensor | None, low_rank: LowRank) -> Tensor:
-    from diffaccel.kernels.token_quantize import token_quantize
+def _triton_integer(
+    activations: str,
+    x: Tensor,
+    weight: Planes,
+    bias: Tensor | None,
+    low_rank: LowRank,
+    how: Conditioner = PLAIN,
+) -> Tensor:
     from diffaccel.kernels.w4a8_gemm import w4a8_gemm
 
-    q, row_scale = token_quantize(x) if activations == "int8" else _quantized(x, activations, weight.group, 8)
+    q, row_scale = _quantized(x, activations, weight.group, 8, how)
     nibbles, multiplier, scale, low, group = weight
     return w4a8_gemm(q, nibbles, multiplier, row_scale, scale, bias, low, low_rank, group, x.dtype)
 
@@ -237,7 +273,7 @@ def _completed(y: Tensor, scale: Tensor, bias: Tensor | None, low_rank: LowRank)
     return y if low_rank is None else y.addmm_(low_rank[0].float(), low_rank[1].float().t())
 
 
-_RUN: dict[tuple[str, str], Callable[[Tensor, Planes, Tensor | None, LowRank], Tensor]] = {
+_RUN: dict[tuple[str, str], Callable[..., Tensor]] = {
     **{("onednn", integers): partial(_onednn, integers) for integers in ("int8", "int4")},
     **{("int_mm", integers): partial(_int_mm, integers) for integers in ("int8", "int4")},
     **{("triton", integers): partial(_triton_integer, integers) for integers in ("int8", "int4")},

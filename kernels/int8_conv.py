@@ -21,8 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffaccel.kernels._candidates import Trial, choose, may_measure, override, token_bucket, worst_row_error
-from diffaccel.kernels.int8_linear import activation_bits, has_triton
+from diffaccel.kernels._candidates import (
+    Trial,
+    choose,
+    has_triton,
+    may_measure,
+    override,
+    token_bucket,
+    worst_row_error,
+)
+from diffaccel.kernels.int8_linear import activation_bits
 
 _SCALE_FLOOR = 2.0**-100  # as in int8_linear.py
 

@@ -14,55 +14,42 @@ weights; elsewhere the latter.
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from diffaccel.kernels._candidates import Trial, choose, may_measure, override, token_bucket, worst_row_error
+from diffaccel.kernels._candidates import (
+    Trial,
+    choose,
+    has_triton,
+    may_measure,
+    override,
+    token_bucket,
+    worst_row_error,
+)
+from diffaccel.kernels.int8_rows import PLAIN, Conditioner, conditioned, quantize_rows
+from diffaccel.kernels.per_token import SCALE_FLOOR, quantize_per_token
 
-# Keeps 1 / scale finite for rows of zeros; below every fp16 and every ordinary bf16 activation.
-_SCALE_FLOOR = 2.0**-100
-# Elements quantised at a time on the CPU. The fp32 intermediate then stays in cache: 3.4 ms, not 7.2, at [1024, 4608].
-_CHUNK = 1 << 19
 _PATHS = ("onednn", "int_mm", "dense")
 
 
 def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
     """``weight`` [N, K] -> int8 [N, K] in -127..127 and float32 scale [N]; weight ~ q * scale[:, None]."""
     weight = weight.detach().float()
-    scale = weight.abs().amax(dim=1).div_(127).clamp_(min=_SCALE_FLOOR)
+    scale = weight.abs().amax(dim=1).div_(127).clamp_(min=SCALE_FLOOR)
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
-def quantize_per_token(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """``x`` [..., K] -> int8 [..., K] in -127..127 (bits=7: -63..63) and float32 scale [..., 1]; x ~ q * scale."""
-    qmax = 2 ** (bits - 1) - 1
-    # Two reductions read x twice and write nothing; abs().amax() is 2-3x slower.
-    scale = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
-    # By a tensor: on CUDA a number's inverse is multiplied with instead, which rounds twice and breaks ties otherwise.
-    scale = scale.div_(scale.new_full((), qmax)).clamp_(min=_SCALE_FLOOR)
-    inverse = scale.reciprocal()
-    if x.device.type != "cpu" or x.numel() <= _CHUNK:
-        return (x * inverse).round_().to(torch.int8), scale
-    rows, inverse = x.reshape(-1, x.shape[-1]), inverse.reshape(-1, 1)
-    q = torch.empty(rows.shape, dtype=torch.int8)
-    step = max(1, _CHUNK // rows.shape[1])
-    buffer = torch.empty(step, rows.shape[1])
-    for i in range(0, len(rows), step):
-        part = buffer[: len(rows) - i]
-        q[i : i + step] = torch.mul(rows[i : i + step], inverse[i : i + step], out=part).round_()
-    return q.view(x.shape), scale
-
-
-def int8_linear_ref(x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8) -> Tensor:
+def int8_linear_ref(
+    x: Tensor, qweight: Tensor, scale: Tensor, bias: Tensor | None = None, bits: int = 8, how: Conditioner = PLAIN
+) -> Tensor:
     """The definition. ``x`` [..., K], ``qweight`` int8 [N, K], ``scale`` [N], ``bias`` [N] -> [..., N] in ``x.dtype``.
 
     The integer product runs in float64, where it is exact (K * 127 * 127 < 2**53): integer matmul is not vectorised.
     """
-    q, row_scale = quantize_per_token(x, bits)
+    q, row_scale = quantize_per_token(conditioned(x, how), bits)
     y = (q.double() @ qweight.double().t()).float() * scale * row_scale
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
@@ -145,16 +132,29 @@ def activation_bits(device: torch.device | str = "cpu") -> int:
     return 7 if torch.device(device).type == "cpu" and not _exact("onednn", 8) and _exact("onednn", 7) else 8
 
 
-def int8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def int8_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, how: Conditioner = PLAIN) -> Tensor:
     """``x`` [..., K] float32, bfloat16 or float16, ``bias`` [N] -> [..., N] in ``x.dtype``. Forward only.
 
     The first call at a shape class measures the candidates (tens of milliseconds up to a second for the largest).
+
+    Args:
+        how: what is done to ``x`` on the way to int8, in the same pass.
     """
-    return _int8_linear(x, packed.data, packed.scale, bias, packed.path, packed.bits)
+    return _int8_linear(x, packed.data, packed.scale, bias, packed.path, packed.bits, *how)
 
 
 @torch.library.custom_op("diffaccel::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, path: str, bits: int) -> Tensor:
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    path: str,
+    bits: int,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    block: int = 1,
+) -> Tensor:
     N, K = weight.shape[::-1] if weight.is_mkldnn else weight.shape
     if x.shape[-1] != K or weight.device != x.device or (bias is not None and bias.shape != (N,)):
         got = f"{tuple(x.shape)} on {x.device} and {None if bias is None else tuple(bias.shape)}"
@@ -162,18 +162,21 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, 
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], N))
     rows = x.reshape(-1, K)  # [M, K]
-    y = _RUN[_resolve(rows, weight, bits) if path == "auto" else path](rows, weight, scale, bias, bits)
+    path = _resolve(rows, weight, bits) if path == "auto" else path
+    y = _RUN[path](rows, weight, scale, bias, bits, Conditioner(before, after, block))
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
 @_int8_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, path: str, bits: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, scale: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
-def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def _onednn(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+) -> Tensor:
     """oneDNN's quantised matmul, told that the activation scale is 1; the scale of each row is applied afterwards."""
-    q, row_scale = quantize_per_token(x, bits)
+    q, row_scale = quantize_rows(x, how, bits)
     # uint8 around 64 or 128 (the sign bit flipped). For int8 and the layout of `qlinear_prepack` oneDNN only has a
     # scalar kernel on AVX512-VNNI: 1.3 s at [591, 168] x [168, 168], where this takes 0.14 ms.
     zero_point = 64 if bits == 7 else 128
@@ -184,36 +187,33 @@ def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits:
     return y.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y, row_scale, out=y)
 
 
-def _int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    q, row_scale = quantize_per_token(x, bits)
+def _int_mm(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+) -> Tensor:
+    q, row_scale = quantize_rows(x, how, bits)
     y = torch._int_mm(q, weight.t()).float().mul_(scale)  # [M, N]
     return y.mul_(row_scale) if bias is None else torch.addcmul(bias.float(), y, row_scale, out=y)
 
 
-def _triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def _triton(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+) -> Tensor:
     from diffaccel.kernels.int8_gemm import int8_gemm
-    from diffaccel.kernels.token_quantize import token_quantize
 
-    q, row_scale = token_quantize(x)
+    q, row_scale = quantize_rows(x, how)
     return int8_gemm(q, weight, row_scale, scale, bias, x.dtype)
 
 
-def _dense(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
+def _dense(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+) -> Tensor:
     # float32 on the CPU, where half-precision matmul is slower.
     dtype = torch.float32 if x.device.type == "cpu" else x.dtype
     weight = (_plain(weight).float() * scale[:, None]).to(dtype)
-    return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+    return F.linear(conditioned(x, how).to(dtype), weight, None if bias is None else bias.to(dtype))
 
 
 _RUN = {"onednn": _onednn, "int_mm": _int_mm, "triton": _triton, "dense": _dense}
-
-
-@lru_cache(maxsize=16)
-def has_triton(device: torch.device, capability: tuple[int, int]) -> bool:
-    """Whether Triton kernels that need this compute capability run on ``device``."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= capability
 
 
 def _plain(weight: Tensor) -> Tensor:

@@ -10,12 +10,16 @@ from zoo_pipelines import PIPELINES
 
 from diffaccel import Plan, PlanError, Quantize, accelerate, calibrate
 from diffaccel.denoiser import Site
-from diffaccel.kernels.hadamard import hadamard
+from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
+from diffaccel.kernels.hadamard import block_for, hadamard
+from diffaccel.kernels.int4_linear import int4_linear
+from diffaccel.kernels.int8_linear import int8_linear, pack, quantize_per_channel
+from diffaccel.kernels.int8_rows import Conditioner, conditioned
+from diffaccel.kernels.per_token import quantize_per_token
 from diffaccel.plan import Artefacts
 from diffaccel.quantization.channels import RANGES, ChannelRecorder, Channels
 from diffaccel.quantization.conditioning import (
     balance_multiplier,
-    condition_input,
     condition_weight,
     low_rank,
     release_weight,
@@ -45,10 +49,45 @@ def test_conditioning_does_not_change_the_product(rotated, order):
     x, weight = torch.randn(7, 64), torch.randn(12, 64)
     m = balance_multiplier(torch.logspace(-2, 3, 64), weight, 0.5)
     before, after = m if order != "after" else None, m.flip(0) if order != "before" else None
-    conditioned = condition_weight(weight, before, after, rotated=rotated)
-    y = condition_input(x, before, after, rotated=rotated) @ conditioned.T
+    turned = condition_weight(weight, before, after, rotated=rotated)
+    y = conditioned(x, Conditioner(before, after, 64 if rotated else 1)) @ turned.T
     assert torch.allclose(y, x @ weight.T, atol=1e-3)
-    assert torch.allclose(release_weight(conditioned, before, after, rotated=rotated), weight, atol=1e-4)
+    assert torch.allclose(release_weight(turned, before, after, rotated=rotated), weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("path", ["onednn", "dense"])
+def test_products_that_condition_rows_themselves(path, rotated, dtype):
+    """The kernels give what they give for rows conditioned beforehand, in one pass, with a branch and without."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 9, 192).to(dtype), torch.randn(40, 192), torch.randn(40)
+    signs = torch.randint(0, 2, (192,)) * 2.0 - 1
+    how = Conditioner(signs * (0.5 + torch.rand(192)).bfloat16(), 0.5 + torch.rand(192), block_for(192) * rotated or 1)
+    plain = conditioned(x, how)
+    assert not torch.allclose(plain.float(), x.float(), atol=0.1)
+    branch = torch.randn(4, 192, dtype=dtype), torch.randn(40, 4, dtype=dtype)
+    int8, int4, nested = pack(*quantize_per_channel(weight), path), quantize_int4(weight, 32), quantize_nested(weight)
+    for product in (
+        lambda x, **way: int8_linear(x, int8, bias, **way),
+        lambda x, **way: int4_linear(x, int4, bias, path=path, **way),
+        lambda x, **way: int4_linear(x, nested, None, path=path, **way),
+        lambda x, **way: int4_linear(x, int4, bias, "int8", branch, path=path, **way),
+    ):
+        fused, apart = product(x, how=how), product(plain)
+        assert fused.dtype == dtype and sqnr(apart, fused) > (60 if dtype == torch.float32 else 34)
+    if path == "dense":  # tensors that oneDNN blocked cannot be compared
+        torch.library.opcheck(torch.ops.diffaccel.int8_linear, (x, int8.data, int8.scale, bias, path, 8, *how))
+
+
+def test_rows_in_chunks_are_the_rows(monkeypatch):
+    """Beyond a chunk, quantisation goes on with the same multipliers."""
+    x, factor = torch.randn(50, 64), 0.5 + torch.rand(64)
+    whole = quantize_per_token(x, 8, factor)
+    assert torch.equal(whole[0], quantize_per_token(x * factor)[0])
+    monkeypatch.setattr("diffaccel.kernels.per_token._CHUNK", 64 * 7)
+    for a, b in zip(quantize_per_token(x, 8, factor), whole, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_alpha_means_what_smoothquant_means_by_it():

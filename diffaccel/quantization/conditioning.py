@@ -51,7 +51,13 @@ def balance_multiplier(squares: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def condition_weight(weight: Tensor, before: Tensor | None, after: Tensor | None, *, rotated: bool) -> Tensor:
-    """W' of ``weight`` float32 [N, K]; arguments as for `condition_input`."""
+    """W' of ``weight`` float32 [N, K], for inputs that `diffaccel.kernels.int8_rows.conditioned` gives.
+
+    Args:
+        before: multiplier of each channel, [K]: of the balance, of the rotation's signs, or of both.
+        after: another one, after the rotation, where that comes first.
+        rotated: whether it is turned in between.
+    """
     weight = weight if before is None else weight / before
     weight = hadamard(weight) if rotated else weight
     return weight if after is None else weight / after
@@ -62,20 +68,6 @@ def release_weight(weight: Tensor, before: Tensor | None, after: Tensor | None, 
     weight = weight if after is None else weight * after
     weight = hadamard(weight) if rotated else weight
     return weight if before is None else weight * before
-
-
-def condition_input(x: Tensor, before: Tensor | None, after: Tensor | None, *, rotated: bool) -> Tensor:
-    """x' of ``x`` [..., K], in its dtype.
-
-    Args:
-        before: multiplier of each channel, [K]: of the balance, of the rotation's signs, or of both.
-        after: another one, after the rotation, where that comes first.
-        rotated: whether it is turned in between.
-    """
-    if rotated:
-        return hadamard(x, before, after)
-    x = x if before is None else x * before.to(x.dtype)
-    return x if after is None else x * after.to(x.dtype)
 
 
 def low_rank(

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffaccel.kernels.hadamard import block_for
 from diffaccel.kernels.int8_conv import Geometry, PackedFilters, int8_conv, pack_filters
 from diffaccel.kernels.int8_linear import activation_bits
+from diffaccel.kernels.int8_rows import Conditioner
 from diffaccel.originals import Parked
-from diffaccel.quantization.conditioning import condition_input
 from diffaccel.quantization.layer import QuantizedLayer
 from diffaccel.quantization.protection import protect_rows
 from diffaccel.quantization.schedule import Phase
@@ -30,8 +31,9 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
         if run is None:
             return F.linear(input, self.original, self.bias)
         tensors = self.tensors(run)
-        x = condition_input(input, tensors.get("before"), tensors.get("after"), rotated=run.rotated)
-        y = KINDS[run.kind].linear(x, tensors, run, self.bias, self.bits)
+        block = block_for(self.in_features) if run.rotated else 1
+        how = Conditioner(tensors.get("before"), tensors.get("after"), block)
+        y = KINDS[run.kind].linear(input, tensors, run, self.bias, self.bits, how)
         if "kept_rows" in self._buffers:
             y = protect_rows(y, input, self.kept_rows, self.kept_outputs)
         return y

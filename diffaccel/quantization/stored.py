@@ -15,6 +15,7 @@ from diffaccel.kernels import int8_linear as int8
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
 from diffaccel.kernels.int4_linear import int4_linear
 from diffaccel.kernels.int8_conv import quantize_filters
+from diffaccel.kernels.int8_rows import PLAIN, Conditioner, conditioned
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, int4_from, nested_from
 from diffaccel.quantization.scheme import Scheme
 from diffaccel.quantization.weight import dequantize_weight, plain
@@ -63,8 +64,13 @@ class Kind(Protocol):
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         """The rounded weight, float32 [N, K]."""
 
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
-        """``x`` [..., K] -> [..., N] in its dtype, low-rank branch included; ``bits`` of int8 activations."""
+    def linear(
+        self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+    ) -> Tensor:
+        """``x`` [..., K] -> [..., N] in its dtype, low-rank branch included.
+
+        ``bits`` of int8 activations, ``how`` it is conditioned: in the same pass where that can be.
+        """
 
 
 class _Int8:
@@ -87,10 +93,14 @@ class _Int8:
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         return dequantize_weight(tensors["qweight"], tensors["scale"], torch.float32)
 
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+    def linear(
+        self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+    ) -> Tensor:
+        if "down" in tensors:  # the branch reads it too
+            x, how = conditioned(x, how), PLAIN
         path = "auto" if run.scheme.activations == "int8" else "dense"
         packed = int8.PackedWeight(tensors["qweight"], tensors["scale"], path, bits)
-        return _with_branch(int8.int8_linear(x, packed, bias), x, tensors)
+        return _with_branch(int8.int8_linear(x, packed, bias, how), x, tensors)
 
 
 class _Plain:
@@ -112,7 +122,10 @@ class _Fp8(_Plain):
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         return tensors["qweight"].float() * tensors["scale"][:, None]
 
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+    def linear(
+        self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+    ) -> Tensor:
+        x = conditioned(x, how)
         path = "auto" if run.scheme.activations == "fp8" else "dense"
         return _with_branch(fp8.fp8_linear(x, tensors["qweight"], tensors["scale"], bias, path), x, tensors)
 
@@ -126,9 +139,11 @@ class _Int4(_Plain):
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         return self._weight(tensors, run, columns).dequantize()
 
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+    def linear(
+        self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+    ) -> Tensor:
         weight = self._weight(tensors, run, x.shape[-1])
-        return int4_linear(x, weight, bias, run.scheme.activations, _branch(x, tensors))
+        return int4_linear(x, weight, bias, run.scheme.activations, _branch(x, tensors), how=how)
 
     def _weight(self, tensors: Tensors, run: Run, columns: int) -> Int4Weight | NestedWeight:
         return int4_from(tensors, columns, run.group)
@@ -149,7 +164,9 @@ class _Int8Filters(_Plain):
     def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
         return self.unpack(tensors)["qweight"].float() * tensors["scale"][:, None, None, None]
 
-    def linear(self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int) -> Tensor:
+    def linear(
+        self, x: Tensor, tensors: Tensors, run: Run, bias: Tensor | None, bits: int, how: Conditioner = PLAIN
+    ) -> Tensor:
         raise NotImplementedError("a convolution runs by its own forward")
 
 
