@@ -173,4 +173,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "diffaccel.block_sparse_attention": _block_sparse,
     "diffaccel.sparse_attention": _listed_blocks,
 }
-_ELEMENT_WISE = {"diffaccel.token_quantize", "diffaccel.permute_tokens", "diffaccel.dequantize_weight"}
+_ELEMENT_WISE = {
+    *("diffaccel.token_quantize", "diffaccel.static_quantize"),
+    *("diffaccel.permute_tokens", "diffaccel.dequantize_weight"),
+}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MODULES = (
     *("token_quantize", "int8_gemm", "fp8_gemm", "sparse_attention", "permute_tokens"),
-    *("w4a8_gemm", "w4a16_gemm", "hadamard_quantize"),
+    *("w4a8_gemm", "w4a16_gemm", "hadamard_quantize", "static_quantize"),
 )
 # KiB of shared memory that one block can have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"); Triton checks it only when it launches.

@@ -14,6 +14,7 @@ from diffaccel.kernels import int4_linear, int8_conv
 from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
 from diffaccel.kernels.hadamard import block_for, hadamard_quantize, hadamard_ref
 from diffaccel.kernels.int8_linear import activation_bits
+from diffaccel.kernels.int8_static import grid, static_quantize, static_quantize_ref
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight
 from diffaccel.kernels.roofline import Linear
 from diffaccel.kernels.selftest import Case, Subject, Surroundings
@@ -25,7 +26,7 @@ _CONVOLUTIONS = ((2, 320, 128, 128, 320, 3, 1), (2, 640, 64, 64, 640, 3, 2), (2,
 
 def packed_cases(device: torch.device) -> list[Case]:
     """Those for ``device``."""
-    return [*_linear_cases(device), *_hadamard_cases(device), *_conv_cases(device)]
+    return [*_linear_cases(device), *_hadamard_cases(device), *_static_cases(device), *_conv_cases(device)]
 
 
 def _linear_cases(device: torch.device) -> Iterator[Case]:
@@ -100,6 +101,34 @@ def _hadamard_cases(device: torch.device) -> Iterator[Case]:
             make = partial(_hadamard, shape=shape, dtype=dtype)
             disables = (("hadamard_quantize", "triton"),)
             yield Case("hadamard_quantize", "triton", dtype, name_of(shape), make, disables, **_here(device))
+
+
+def _static_cases(device: torch.device) -> Iterator[Case]:
+    if not has_kernels(device):
+        return
+    for shape in linears(device)[::3]:
+        for dtype in DTYPES:
+            make = partial(_static, shape=shape, dtype=dtype)
+            disables = (("int8_static_linear", "triton"),)
+            yield Case("static_quantize", "triton", dtype, name_of(shape), make, disables, **_here(device))
+
+
+def _static(around: Surroundings, shape: Linear, dtype: torch.dtype) -> Subject:
+    from diffaccel.kernels.static_quantize import launch
+
+    generator = torch.Generator(around.device).manual_seed(shape.M + shape.K)
+    x = around.place(signed_rows(shape.M, shape.K, dtype, generator))
+    before = around.place(signed_rows(1, shape.K, torch.float32, generator)[0])
+    scale, zero = (around.place(t) for t in grid(x.amin()[None] / 2, x.amax()[None] / 2))
+    rows = sampled_rows(shape.M, generator)
+    exact = static_quantize_ref(x[rows], scale, zero, before).double() - zero.double()
+
+    def run(x: Tensor, before: Tensor) -> Tensor:
+        q = static_quantize(x, scale, zero, before) if x.is_cuda else launch(x, scale, zero, before)
+        return q.float() - zero
+
+    # A number that lies between two may be rounded either way: a few of the row, by one step.
+    return Subject(run, (x, before), lambda y: y[rows], exact, 5e-3)
 
 
 def _here(device: torch.device) -> dict[str, bool]:
