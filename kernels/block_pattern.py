@@ -18,6 +18,8 @@ class BlockPattern:
     ranges: int32 [R, 6], on the CPU: (first head, last + 1, first query block, last + 1, first key block, last + 1)
     where the keys form one range (an empty one: no kept key). rows: int64 [S, 3], on the CPU: (head * n + query block,
     kept blocks, whether the last key block is among them) for the others, equal counts side by side.
+    order: int32 [H or 1, N] or None: the blocks are of reordered tokens, place i holding token ``order[h, i]``, queries
+    and keys alike; outputs come in the tokens' own order. inverse: of ``order``.
     """
 
     keep: Tensor
@@ -26,10 +28,20 @@ class BlockPattern:
     kv_indices: Tensor
     ranges: Tensor
     rows: Tensor
+    order: Tensor | None = None
+    inverse: Tensor | None = None
 
     @classmethod
-    def from_mask(cls, block_mask: Tensor, block_size: int) -> BlockPattern:
-        """From ``block_mask`` bool [H or 1, ceil(N / block_size), ceil(M / block_size)], True = kept."""
+    def from_mask(
+        cls, block_mask: Tensor, block_size: int, order: Tensor | None = None, *, merge: bool = True
+    ) -> BlockPattern:
+        """From ``block_mask`` bool [H or 1, ceil(N / block_size), ceil(M / block_size)], True = kept.
+
+        Args:
+            order: the tokens' order, int [H or 1, N]; where it is the natural one for all heads it is dropped.
+            merge: one mask and one order for all heads where they are equal; False keeps shapes the same whatever the
+                masks, for compiled callers.
+        """
         if block_mask.dtype != torch.bool or block_mask.ndim != 3 or block_mask.numel() == 0:
             raise ValueError(
                 f"block_mask must be bool [heads or 1, query blocks, key blocks], got {block_mask.dtype} "
@@ -38,8 +50,14 @@ class BlockPattern:
         if block_size < 1:
             raise ValueError(f"block_size must be positive, got {block_size}")
         keep = block_mask.detach()
-        if len(keep) > 1 and bool((keep == keep[:1]).all()):
+        if merge and len(keep) > 1 and bool((keep == keep[:1]).all()):
             keep = keep[:1]
+        if order is not None:
+            order = order.to(keep.device, torch.int32)
+            if merge and bool((order == order[:1]).all()):
+                order = order[:1]
+            if merge and bool((order == torch.arange(order.shape[1], device=order.device)).all()):
+                order = None
         keep = keep.clone()
         host = keep.cpu()
         num = host.sum(-1, dtype=torch.int32)
@@ -50,20 +68,23 @@ class BlockPattern:
         ranges = _merge_ranges(begin, begin + num, is_range)
         rows = torch.nonzero(~is_range.flatten())[:, 0]
         rows = torch.stack([rows, num.flatten()[rows].long(), host[..., -1].flatten()[rows].long()], dim=1)
-        order = (rows[:, 1] * 2 + rows[:, 2]).argsort(stable=True)
+        side_by_side = (rows[:, 1] * 2 + rows[:, 2]).argsort(stable=True)
         return cls(
             keep=keep,
             block_size=int(block_size),
             kv_num_blocks=num[None].to(keep.device),
             kv_indices=indices[None].to(keep.device),
             ranges=ranges,
-            rows=rows[order],
+            rows=rows[side_by_side],
+            order=order,
+            inverse=None if order is None else inverse_order(order),
         )
 
     def to(self, device: torch.device | str) -> BlockPattern:
         """The same pattern with its index tensors on ``device``; ``ranges`` and ``rows`` are read by the host."""
         keep, num, indices = (x.to(device) for x in (self.keep, self.kv_num_blocks, self.kv_indices))
-        return BlockPattern(keep, self.block_size, num, indices, self.ranges, self.rows)
+        order, inverse = (None if x is None else x.to(device) for x in (self.order, self.inverse))
+        return BlockPattern(keep, self.block_size, num, indices, self.ranges, self.rows, order, inverse)
 
     @property
     def density(self) -> float:
@@ -76,6 +97,12 @@ class BlockPattern:
         """Whether every block is kept. Reads host tensors only."""
         heads, n, m = self.keep.shape
         return len(self.ranges) == 1 and self.ranges[0].tolist() == [0, heads, 0, n, 0, m]
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """[H or 1, N] -> [H or 1, N], where each token stands: reordering by the one undoes the other."""
+    tokens = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
+    return torch.empty_like(order).scatter_(1, order.long(), tokens.expand_as(order))
 
 
 def token_mask(block_mask: Tensor, block_size: int, N: int, M: int) -> Tensor:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels._candidates import warn_once
-from diffaccel.kernels.block_choice import PATHS, RUN, Path, choose_path
-from diffaccel.kernels.block_dense import blocks
+from diffaccel.kernels.block_choice import OPERATOR, PATHS, Path, choose_path, reordered, reordered_mask, run
 from diffaccel.kernels.block_flex import FAILED, key_of
-from diffaccel.kernels.block_pattern import BlockPattern, token_mask
+from diffaccel.kernels.block_pattern import BlockPattern, inverse_order, token_mask
 
 
 def block_sparse_attention_ref(
@@ -29,9 +28,19 @@ def block_sparse_attention_ref(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """The definition, with all N x M scores in float32 (float64 for float64). Arguments: ``block_sparse_attention``."""
+    """The definition, with all N x M scores in float32 (float64 for float64). Arguments: ``block_sparse_attention``,
+    and the pattern's ``order``.
+    """
     N, M = q.shape[2], k.shape[2]
+    if order is not None:
+        q, k, v = (reordered(x, order) for x in (q, k, v))
+        mask = reordered_mask(_mask_4d(q, attn_mask), order)
+        out = block_sparse_attention_ref(
+            q, k, v, block_mask, block_size=block_size, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        return reordered(out, inverse_order(order))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if enable_gqa:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -76,8 +85,8 @@ def block_sparse_attention(
         attn_mask: as in ``scaled_dot_product_attention``: bool (True = attend) or additive, broadcastable to
             [B, H, N, M]. Keys it excludes are read, as there.
         scale: factor on the scores, D ** -0.5 unless given.
-        path: ``"triton"``, ``"flex"``, ``"blocks"`` or ``"dense"`` instead of the choice made here (also by the
-            environment: ``DIFFACCEL_KERNELS=block_sparse_attention=blocks``). Where the first two cannot run,
+        path: ``"triton"``, ``"cpp"``, ``"flex"``, ``"blocks"`` or ``"dense"`` instead of the choice made here (also by
+            the environment: ``DIFFACCEL_KERNELS=block_sparse_attention=blocks``). Where the first three cannot run,
             ``"blocks"`` does.
 
     Returns:
@@ -90,11 +99,10 @@ def block_sparse_attention(
     _check(q, k, v, pattern, attn_mask, enable_gqa, path)
     attn_mask = _mask_4d(q, attn_mask)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, attn_mask)):
-        return blocks(q, k, v, pattern, attn_mask, scale)
+        return run("blocks", q, k, v, pattern, attn_mask, scale)
     p = pattern
-    return torch.ops.diffaccel.block_sparse_attention(
-        q, k, v, p.keep, p.kv_num_blocks, p.kv_indices, p.ranges, p.rows, attn_mask, p.block_size, scale, path or "auto"
-    )
+    tensors = (p.keep, p.kv_num_blocks, p.kv_indices, p.ranges, p.rows, p.order, p.inverse)
+    return torch.ops.diffaccel.block_sparse_attention(q, k, v, *tensors, attn_mask, p.block_size, scale, path or "auto")
 
 
 @torch.library.custom_op("diffaccel::block_sparse_attention", mutates_args=())
@@ -107,21 +115,24 @@ def _op(
     kv_indices: Tensor,
     ranges: Tensor,
     rows: Tensor,
+    order: Tensor | None,
+    inverse: Tensor | None,
     attn_mask: Tensor | None,
     block_size: int,
     scale: float | None,
     path: str,
 ) -> Tensor:
-    pattern = BlockPattern(keep, block_size, kv_num_blocks, kv_indices, ranges, rows)
+    pattern = BlockPattern(keep, block_size, kv_num_blocks, kv_indices, ranges, rows, order, inverse)
     chosen = choose_path(q, k, v, pattern, attn_mask, scale, path).name
     try:
-        return RUN[chosen](q, k, v, pattern, attn_mask, scale)
+        return run(chosen, q, k, v, pattern, attn_mask, scale)
     except Exception as error:
-        if chosen != "flex" or isinstance(error, torch.OutOfMemoryError):
+        if chosen not in ("flex", "cpp") or isinstance(error, torch.OutOfMemoryError):
             raise
-        FAILED[key_of(q, k, v, pattern, attn_mask)] = f"flex failed: {type(error).__name__}"
-        warn_once(f"flex_attention failed, block-sparse attention runs on gathered blocks: {error}")
-        return blocks(q, k, v, pattern, attn_mask, scale)
+        what = OPERATOR if chosen == "cpp" else key_of(q, k, v, pattern, attn_mask)
+        FAILED[what] = f"{chosen} failed: {type(error).__name__}"
+        warn_once(f"{chosen} failed, block-sparse attention runs on gathered blocks: {error}")
+        return run("blocks", q, k, v, pattern, attn_mask, scale)
 
 
 @_op.register_fake
@@ -149,5 +160,10 @@ def _check(
     if pattern.keep.shape[0] not in (1, H) or pattern.keep.shape[1:] != need:
         got = tuple(pattern.keep.shape)
         raise ValueError(f"the pattern must be [{H} or 1, {need[0]}, {need[1]}] for blocks of {bs} tokens, got {got}")
+    if pattern.order is not None and (q.shape[2] != k.shape[2] or pattern.order.shape[1] != q.shape[2]):
+        got = pattern.order.shape[1], q.shape[2], k.shape[2]
+        raise ValueError(f"an order of {got[0]} tokens needs as many queries and keys, got {got[1]} and {got[2]}")
+    if pattern.order is not None and pattern.order.shape[0] not in (1, H):
+        raise ValueError(f"the order must be of {H} heads or 1, got {pattern.order.shape[0]}")
     if path is not None and path not in PATHS:
         raise ValueError(f"unknown path {path!r}; there are {', '.join(PATHS)}")

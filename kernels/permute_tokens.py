@@ -1,8 +1,9 @@
 """Reordering of the tokens of each head, y[b, h, i] = x[b, h, order[h, i]].
 
 With an order per head in which its attention map becomes block-shaped, few blocks need to be kept (PAROAttention,
-arXiv:2506.16054, sec. 3.2): q, k and v are reordered by ``order``, the output by ``inverse_order(order)``. Both read
-rows from anywhere and write them in sequence: D values of a row lie side by side, so that reading wastes nothing.
+arXiv:2506.16054, sec. 3.2): q, k and v are reordered by ``order``, the output by ``inverse_order(order)`` (of
+`block_pattern`). Both read rows from anywhere and write them in sequence: D values of a row lie side by side, so that
+reading wastes nothing.
 """
 
 # Arguments of Triton functions have no Python types.
@@ -21,12 +22,6 @@ def permute_tokens_ref(x: Tensor, order: Tensor) -> Tensor:
     """The definition. Arguments: ``permute_tokens``."""
     B, H, N, D = x.shape
     return x.gather(2, order.long()[None, :, :, None].expand(B, H, N, D))
-
-
-def inverse_order(order: Tensor) -> Tensor:
-    """[H or 1, N] -> [H or 1, N] with permute_tokens(permute_tokens(x, order), inverse_order(order)) == x."""
-    tokens = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
-    return torch.empty_like(order).scatter_(1, order.long(), tokens.expand_as(order))
 
 
 @triton.jit

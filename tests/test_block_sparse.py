@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from diffaccel.kernels import _candidates, block_choice, block_flex
+from diffaccel.kernels import _candidates, block_choice, block_cpp, block_flex, block_sparse
 from diffaccel.kernels.block_sparse import (
     BlockPattern,
     block_sparse_attention,
@@ -85,7 +85,7 @@ def test_reference_by_hand():
     assert (result[:, :, 2:] == 0).all()
 
 
-@pytest.mark.parametrize("path", ["blocks", "dense"])
+@pytest.mark.parametrize("path", ["cpp", "blocks", "dense"])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("B", "H", "Hkv", "N", "M", "heads", "size"), SHAPES)
 def test_matches_float64(B, H, Hkv, N, M, heads, size, kind, path):
@@ -98,7 +98,7 @@ def test_matches_float64(B, H, Hkv, N, M, heads, size, kind, path):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("path", ["blocks", "dense"])
+@pytest.mark.parametrize("path", ["cpp", "blocks", "dense"])
 def test_dtypes_and_scale(dtype, path):
     q, k, v = inputs(2, 4, 4, 150, 150, dtype=dtype)
     keep = random_blocks(4, 150, 150, 32)
@@ -145,7 +145,8 @@ def poisoned(q, k, v, size, density=0.7):
 def test_dropped_blocks_are_never_read():
     q, k, v = inputs(2, 2, 2, 130, 130)
     keep, reference = poisoned(q, k, v, 32)
-    check(block_sparse_attention(q, k, v, keep, block_size=32, path="blocks"), reference, q.dtype)
+    for path in ("blocks", "cpp"):
+        check(block_sparse_attention(q, k, v, keep, block_size=32, path=path), reference, q.dtype)
 
 
 def test_last_block_does_not_leak():
@@ -155,14 +156,72 @@ def test_last_block_does_not_leak():
     for x in (k, v):
         x[:, :, 50:] = float("nan")
     k, v = k[:, :, :50], v[:, :, :50]
-    check(block_sparse_attention(q, k, v, keep, block_size=16, path="blocks"), expected(q, k, v, keep, 16), q.dtype)
+    for path in ("blocks", "cpp"):
+        check(block_sparse_attention(q, k, v, keep, block_size=16, path=path), expected(q, k, v, keep, 16), q.dtype)
+
+
+@pytest.mark.parametrize("path", ["cpp", "blocks", "dense"])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(
+    ("B", "H", "Hkv", "N", "orders", "heads", "size"),
+    [(1, 1, 1, 17, 1, 1, 16), (2, 4, 2, 77, 4, 4, 16), (2, 4, 2, 77, 1, 4, 32), (1, 2, 2, 64, 2, 1, 16)],
+)
+def test_reordered_tokens(B, H, Hkv, N, orders, heads, size, kind, path):
+    q, k, v = inputs(B, H, Hkv, N, N, Dv=24)
+    keep, mask = random_blocks(heads, N, N, size), random_mask(kind, B, H, N, N, q.dtype)
+    order = torch.rand(orders, N).argsort(-1)
+    pattern = BlockPattern.from_mask(keep, size, order)
+    assert len(pattern.order) == orders
+    result = block_sparse_attention(q, k, v, pattern, attn_mask=mask, enable_gqa=Hkv != H, path=path)
+    assert result.shape == (B, H, N, 24) and result.transpose(1, 2).is_contiguous()
+    check(result, expected(q, k, v, keep, size, mask, order=order), q.dtype)
+    by_hand = expected(*(x[:, :, order[0]] for x in (q, k, v)), keep, size)[:, :, order[0].argsort()]
+    if orders == 1 and kind == "none":
+        check(result, by_hand, q.dtype)
+
+
+def test_the_natural_order_is_dropped_unless_shapes_must_stay():
+    keep, natural = torch.ones(2, 3, 3, dtype=torch.bool), torch.arange(40).expand(2, 40)
+    assert BlockPattern.from_mask(keep, 16, natural).order is None
+    kept = BlockPattern.from_mask(keep, 16, natural, merge=False)
+    assert kept.order.shape == (2, 40) and kept.keep.shape == (2, 3, 3) and kept.density == 1
+
+
+def test_cpp_threads_share_the_work(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    q, k, v = inputs(1, 3, 3, 200, 200)
+    keep = random_blocks(3, 200, 200, 16)
+    check(block_sparse_attention(q, k, v, keep, block_size=16, path="cpp"), expected(q, k, v, keep, 16), q.dtype)
+
+
+def test_cpp_falls_back_where_it_cannot_be_compiled(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("this is not C++")
+    monkeypatch.setattr(block_cpp, "_SOURCE", broken)
+    monkeypatch.setattr(block_flex, "FAILED", {})
+    monkeypatch.setattr(block_choice, "FAILED", block_flex.FAILED)
+    monkeypatch.setattr(block_sparse, "FAILED", block_flex.FAILED)
+    block_cpp._library.cache_clear()
+    q, k, v = inputs(1, 2, 2, 64, 64)
+    keep = random_blocks(2, 64, 64, 16)
+    try:
+        with pytest.warns(RuntimeWarning, match="cpp failed"):
+            result = block_sparse_attention(q, k, v, keep, block_size=16, path="cpp")
+    finally:
+        block_cpp._library.cache_clear()
+    check(result, expected(q, k, v, keep, 16), q.dtype)
+    pattern = BlockPattern.from_mask(keep, 16)
+    assert str(path_for(q, k, v, pattern, path="cpp")) == "gathered blocks (cpp failed: RuntimeError)"
+    monkeypatch.setattr(block_cpp, "compiler", lambda: None)
+    block_flex.FAILED.clear()
+    assert str(path_for(q, k, v, pattern, path="cpp")) == "gathered blocks (no C++ compiler)"
 
 
 def test_all_heads_masked_gives_zeros():
     q, k, v = inputs(2, 2, 2, 40, 40)
     nothing = torch.zeros(2, 3, 3, dtype=torch.bool)
     mask = torch.zeros(2, 1, 1, 40, dtype=torch.bool)
-    for path in ("blocks", "dense"):
+    for path in ("blocks", "cpp", "dense"):
         assert (block_sparse_attention(q, k, v, nothing, block_size=16, path=path) == 0).all()
         assert (block_sparse_attention(q, k, v, ~nothing, block_size=16, attn_mask=mask, path=path) == 0).all()
 
@@ -183,7 +242,8 @@ def test_gradients(kind):
 def op_arguments(q, k, v, pattern, mask, path):
     p = pattern
     return (
-        q, k, v, p.keep, p.kv_num_blocks, p.kv_indices, p.ranges, p.rows, mask, p.block_size, None, path
+        q, k, v, p.keep, p.kv_num_blocks, p.kv_indices, p.ranges, p.rows, p.order, p.inverse, mask,
+        p.block_size, None, path,
     )  # fmt: skip
 
 
@@ -244,7 +304,7 @@ def test_flex_one_compile_for_lengths_densities_and_an_outer_graph():
         warnings.simplefilter("error")
         path_for(q, k, v, pattern)
     (choice,) = _candidates.choices("block_sparse_attention")
-    assert set(choice.seconds) == {"blocks", "flex", "dense", "baseline"}, "what is compiled already takes part"
+    assert set(choice.seconds) == {"cpp", "blocks", "flex", "dense", "baseline"}, "what is compiled already takes part"
     torch.library.opcheck(
         torch.ops.diffaccel.block_sparse_attention.default,
         op_arguments(*inputs(2, 2, 2, 90, 90), pattern, None, "flex"),
