@@ -17,7 +17,7 @@ from diffaccel.kernels.selftest_cases import cases
 CPU = torch.device("cpu")
 OPERATORS = (
     *("token_quantize", "int8_linear", "fp8_linear", "block_sparse_attention", "permute_tokens"),
-    *("int4_linear", "hadamard_quantize", "int8_conv"),
+    *("int4_linear", "hadamard_quantize", "static_quantize", "int8_conv"),
 )
 
 
