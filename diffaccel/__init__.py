@@ -23,16 +23,19 @@ from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Plan
 from diffaccel.quantization.register import register as _register_quantizer
 from diffaccel.quantization.section import Quantize
+from diffaccel.tuning.budget import Budget
 
 if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
     from diffaccel.calibration import calibrate
     from diffaccel.quantization.config import DiffAccelConfig
     from diffaccel.quantizing import quantize
+    from diffaccel.tuning.tune import tune
 
 __all__ = [
     "Accelerated",
     "BlockSparse",
+    "Budget",
     "DiffAccelConfig",
     "DiffAccelError",
     "GuidanceReuse",
@@ -46,6 +49,7 @@ __all__ = [
     "accelerate",
     "calibrate",
     "quantize",
+    "tune",
 ]
 
 _LAZY = {
@@ -54,6 +58,7 @@ _LAZY = {
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
     "quantize": "diffaccel.quantizing",
+    "tune": "diffaccel.tuning.tune",
 }
 
 

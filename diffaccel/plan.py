@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffaccel.errors import PlanError, did_you_mean
+from diffaccel.frontier import pick
 from diffaccel.sites import SitePattern
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Plan:
     """What happens at which site of the denoiser on which step.
 
     Args:
+        pruning: a `Pruning` section with what it removes among the artefacts, and `LowRank` sections.
         quantization: `Quantize` sections; where several match a site at a step, the last one wins.
         attention: `BlockSparse` sections; likewise.
         caching: one `StepCache`, or None.
@@ -127,6 +129,7 @@ class Plan:
         PlanError: a field holds something else than its sections, or sections that exclude each other.
     """
 
+    pruning: tuple[Section, ...] = ()
     quantization: tuple[Section, ...] = ()
     attention: tuple[Section, ...] = ()
     caching: Section | None = None
@@ -136,7 +139,7 @@ class Plan:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("quantization", "attention"):
+        for name in ("pruning", "quantization", "attention"):
             value = getattr(self, name)
             sections = (value,) if isinstance(value, Section) else value
             if not isinstance(sections, list | tuple):
@@ -233,13 +236,17 @@ class Plan:
         return folder
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Plan:
+    def load(cls, folder: str | os.PathLike[str], at: str | None = None) -> Plan:
         """Read a plan that `save` wrote; ``folder`` may also be the path of the plan.json itself.
 
+        Args:
+            folder: of the plan.
+            at: of a tuned plan's folder, another plan on its frontier, such as ``psnr>=38`` or ``speedup>=2``.
+
         Raises:
-            PlanError: no plan there, or one of its files is damaged or holds something unknown.
+            PlanError: no plan there, none that meets ``at``, or a file is damaged or holds something unknown.
         """
-        path = Path(folder)
+        path = Path(folder) if at is None else pick(Path(folder), at)
         file = path / "plan.json" if path.is_dir() else path
         try:
             data = json.loads(file.read_text())
@@ -252,7 +259,7 @@ class Plan:
         return cls.from_dict(data, _load_artefacts(file.parent / "artefacts.safetensors", data.get("artefacts", [])))
 
 
-TECHNIQUES = ("quantization", "attention", "caching", "guidance")
+TECHNIQUES = ("pruning", "quantization", "attention", "caching", "guidance")
 """The plan's technique fields in order of attachment."""
 _SINGLE = ("caching", "guidance")  # fields of one section, not a list
 

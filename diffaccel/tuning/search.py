@@ -1,0 +1,309 @@
+"""The search: each option alone on a few prompts, then what the integer program thinks best together, measured whole.
+
+1. Every family from mild to strong, by itself, until it is hopeless.
+2. The program chooses; the choice runs on a few prompts, and on all of the search's unless it is hopeless. What the
+   prediction was wrong by corrects the next ones. Where nothing better is left, strengths between known ones are tried.
+3. Other budgets than the one asked for, once each, so that there is a frontier.
+4. What keeps to the budget is confirmed on prompts that the search has not seen, the fastest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from diffaccel.errors import PlanError
+from diffaccel.plan import Plan
+from diffaccel.tuning.budget import Budget, Limit
+from diffaccel.tuning.outcome import Outcome
+from diffaccel.tuning.solve import Program
+from diffaccel.tuning.space import Choice, Family, Option, compose, excludes, name_of
+from diffaccel.tuning.trials import Trials
+
+_HOPELESS_ALONE = 2.0  # times what may be lost: 3 dB beneath a limit, stronger settings are not tried
+_HOPELESS_TOGETHER = 1.6
+_NO_GAIN = 0.985  # of the time or the bytes: less is within the noise of a trial
+_BETTER = 0.99
+_SHARE_ALONE, _SHARE_SEARCH = 0.45, 0.8  # of the time allowed; the rest confirms
+_CONFIRMATIONS = 4
+_REFINEMENTS = 6
+_NEAR = Limit("psnr", "psnr", "mean", 0.0, True)  # how near to the original, where no limit says what counts
+_SHIFTS = (4.0, -4.0, 8.0, -8.0)  # dB from the budget, for the frontier
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice that was measured as a whole."""
+
+    choice: Choice
+    outcome: Outcome
+
+    @property
+    def name(self) -> str:
+        return name_of(self.choice)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which items serve what: ``screen`` is a part of ``search``; ``confirm`` is apart."""
+
+    screen: tuple[int, ...]
+    search: tuple[int, ...]
+    confirm: tuple[int, ...]
+
+    @classmethod
+    def of(cls, count: int, seed: int) -> Split:
+        """Half of ``count`` items to search with, half to confirm with, drawn by ``seed``.
+
+        Raises:
+            PlanError: fewer than 4 items.
+        """
+        if count < 4:
+            raise PlanError(
+                f"tune needs 4 prompts or more (or fewer with several seeds each), got {count}: half of them choose "
+                "the plan, the others confirm it"
+            )
+        order = [int(i) for i in np.random.default_rng(seed).permutation(count)]
+        search = order[: (count + 1) // 2]
+        return cls(tuple(search[:4]), tuple(search), tuple(order[len(search) :]))
+
+
+class Search:
+    """Looks for the best plan within a budget.
+
+    Args:
+        trials: what runs the choices.
+        budget: to keep to.
+        families: to choose from.
+        split: of the items.
+        seconds: after which nothing new is begun; None for no limit.
+        watch: told of every point and of the best so far.
+    """
+
+    def __init__(
+        self,
+        trials: Trials,
+        budget: Budget,
+        families: Sequence[Family],
+        split: Split,
+        seconds: float | None = None,
+        watch: Callable[[Search], None] = lambda search: None,
+    ) -> None:
+        self.points: list[Point] = []
+        self.best: Point | None = None
+        self.alone: dict[Option, Outcome] = {}
+        self.notes: list[str] = []
+        self._trials, self._budget, self._families, self._split = trials, budget, families, split
+        self._seconds, self._watch = seconds, watch
+        self._tried: set[Choice] = set()
+        self._wrong: dict[str, list[float]] = {limit.name: [] for limit in budget.of_quality}
+
+    def run(self) -> Point | None:
+        """The best point that is confirmed, or None where nothing keeps to the budget."""
+        self._trials.reference(self._split.search)
+        self._each_alone()
+        self._together(self._budget)
+        for budget in self._others():
+            self._together(budget, most=1)
+        self._confirm()
+        return self.best
+
+    # Each option alone
+
+    def _each_alone(self) -> None:
+        """In turns over the families, so that each has its say where time is short."""
+        running = {family: iter(family.strengths) for family in self._families}
+        while running and self._has_time(_SHARE_ALONE):
+            for family, strengths in list(running.items()):
+                strength = next(strengths, None)
+                if strength is None or not self._has_time(_SHARE_ALONE) or not self._try_alone(family.option(strength)):
+                    del running[family]
+
+    def _try_alone(self, option: Option) -> bool:
+        """Whether a stronger setting of its family may be of use."""
+        outcome = self._run((option,), self._split.screen)
+        if outcome is None:
+            return False
+        self.alone[option] = outcome
+        self._watch(self)
+        if self._budget.wants_speed:
+            return not outcome.hopeless(self._budget, _HOPELESS_ALONE)
+        return not outcome.keeps(self._budget, surely=False)
+
+    # Choices
+
+    def _together(self, budget: Budget, most: int | None = None) -> None:
+        """Measure what the program chooses under ``budget``, until nothing is better, or ``most`` were measured."""
+        measured, refined = 0, 0
+        while self._has_time(_SHARE_SEARCH) and (most is None or measured < most):
+            choice = self._next(budget)
+            if choice is None:
+                if most is not None or refined >= _REFINEMENTS or not self._refine():
+                    return
+                refined += 1
+                continue
+            self._tried.add(choice)
+            measured += self._measure(choice, budget)
+
+    def _next(self, budget: Budget) -> Choice | None:
+        """The best choice by prediction that was not tried, if it is better than the best that was."""
+        options = self._useful()
+        indices = {option: i for i, option in enumerate(options)}
+        nothing: Choice = frozenset()
+        tried = [frozenset(indices[o] for o in c) for c in {*self._tried, nothing} if all(o in indices for o in c)]
+        found = self._program(options, budget).solve(fastest=budget.wants_speed, without=tried)
+        if found is None:
+            return None
+        choice = frozenset(options[i] for i in found)
+        best = self._best_of_search() if budget is self._budget else None
+        if best is not None and self._rank_of_prediction(choice) >= self._rank(best) * _BETTER:
+            return None
+        return choice
+
+    def _program(self, options: Sequence[Option], budget: Budget) -> Program:
+        quality = budget.of_quality
+        loss = [[limit.loss(self.alone[o].estimate(limit)) for o in options] for limit in quality]
+        allowed = [limit.loss(limit.bound) / self._correction(limit) for limit in quality]
+        if budget.memory is not None:  # bytes saved add up; what is allowed has to be reached
+            loss.append([self.alone[o].share - 1 for o in options])
+            allowed.append(budget.memory - 1)
+        pairs = [(i, j) for i, j in combinations(range(len(options)), 2) if excludes(options[i], options[j])]
+        return Program(
+            [o.knob for o in options],
+            [self.alone[o].cost for o in options],
+            np.array(loss, np.float64).reshape(len(loss), len(options)),
+            np.array(allowed, np.float64),
+            [_NEAR.loss(self.alone[o].estimate(_NEAR)) for o in options],
+            pairs,
+            budget.speedup or 1.0,
+        )
+
+    def _useful(self) -> list[Option]:
+        """Options that gain something; of several with the same gain and loss the program finds the best by itself."""
+        small = self._budget.memory is not None
+        return [o for o, out in self.alone.items() if out.cost < _NO_GAIN or (small and out.share < _NO_GAIN)]
+
+    def _measure(self, choice: Choice, budget: Budget) -> bool:
+        """Whether it was measured as a whole; a hopeless one is dropped after a few prompts."""
+        outcome = self._run(choice, self._split.screen)
+        if outcome is None:
+            return False
+        self._learn(choice, outcome)
+        if outcome.hopeless(budget, _HOPELESS_TOGETHER):
+            return False
+        outcome = self._run(choice, self._split.search)
+        if outcome is None:
+            return False
+        self.points.append(Point(choice, outcome))
+        self._watch(self)
+        return True
+
+    def _learn(self, choice: Choice, outcome: Outcome) -> None:
+        """How much more (or less) is lost together than the sum of what each loses."""
+        if len(choice) < 2:
+            return
+        for limit in self._budget.of_quality:
+            expected = sum(limit.loss(self.alone[o].estimate(limit)) for o in choice)
+            got = limit.loss(outcome.estimate(limit))
+            if expected > 0 and got > 0:
+                self._wrong[limit.name].append(math.log(got / expected))
+
+    def _correction(self, limit: Limit) -> float:
+        """Factor between what is lost together and the sum; one observation of 1 stands beside those made."""
+        seen = self._wrong.get(limit.name, [])
+        return math.exp(sum(seen) / (len(seen) + 1))
+
+    def _refine(self) -> bool:
+        """Try a strength between known ones, in a family that the best choice stands on (with none, the fastest)."""
+        best = self._best_of_search()
+        anchors = list(best.choice) if best else sorted(self._useful(), key=lambda o: self.alone[o].cost)
+        for anchor in sorted(anchors, key=lambda o: (not o.family.continuous, o.label)):
+            known = sorted(o.strength for o in self.alone if o.family is anchor.family)
+            at = known.index(anchor.strength)
+            stronger = known[at + 1] if at + 1 < len(known) else None
+            pairs = [(anchor.strength, stronger)] if best else [(known[at - 1] if at else None, anchor.strength)]
+            for milder, harder in pairs:
+                between = anchor.family.between(milder, harder)
+                if between is not None:
+                    self._try_alone(anchor.family.option(between))
+                    return True
+        return False
+
+    def _others(self) -> Iterator[Budget]:
+        """Budgets around the one asked for: in decibels of its own, or around what the best has."""
+        if self._budget.psnr is None and not self.points:
+            return
+        for shift in _SHIFTS:
+            best = self._best_of_search() or (self.points[0] if self.points else None)
+            middle = self._budget.psnr
+            if middle is None and best is not None:
+                middle = best.outcome.estimate(_NEAR)
+            if middle is not None and 0 < middle + shift <= 100:
+                yield Budget(psnr=middle + shift, memory=self._budget.memory)
+
+    # The best
+
+    def _rank(self, point: Point) -> float:
+        """Less is better: time where speed is wanted, else what is lost."""
+        return self._value(point.outcome.cost, point.outcome)
+
+    def _rank_of_prediction(self, choice: Choice) -> float:
+        if self._budget.wants_speed:
+            return self.predicted_cost(choice)
+        return sum(_NEAR.loss(self.alone[o].estimate(_NEAR)) for o in choice)
+
+    def _value(self, cost: float, outcome: Outcome) -> float:
+        return cost if self._budget.wants_speed else _NEAR.loss(outcome.estimate(_NEAR))
+
+    def predicted_cost(self, choice: Choice) -> float:
+        """Time over the original's, from what each option costs alone."""
+        return math.prod(self.alone[o].cost for o in choice)
+
+    def _best_of_search(self) -> Point | None:
+        kept = [p for p in self.points if p.outcome.keeps(self._budget)]
+        return min(kept, key=self._rank, default=None)
+
+    def _confirm(self) -> None:
+        """On prompts that had no part in choosing. Those that miss by their bound on few prompts get a chance, too."""
+        hopeful = sorted((p for p in self.points if p.outcome.keeps(self._budget, surely=False)), key=self._rank)
+        for point in hopeful[:_CONFIRMATIONS]:
+            fresh = self._run(point.choice, self._split.confirm)
+            if fresh is None:
+                continue
+            whole = self._trials.outcome(point.name, (*self._split.search, *self._split.confirm))
+            at = self.points.index(point)
+            self.points[at] = Point(point.choice, whole)
+            if whole.keeps(self._budget) and fresh.keeps(self._budget, surely=False):
+                self.best = self.points[at]
+                self._watch(self)
+                return
+        if hopeful:
+            self.notes.append("what kept to the budget while searching did not surely keep to it on further prompts")
+
+    def frontier(self) -> list[Point]:
+        """Measured points that none beats in both time and PSNR, from the nearest to the original to the fastest."""
+        kept: list[Point] = []
+        for point in sorted(self.points, key=lambda p: (p.outcome.cost, -p.outcome.estimate(_NEAR))):
+            if not kept or point.outcome.estimate(_NEAR) > kept[-1].outcome.estimate(_NEAR):
+                kept.append(point)
+        if self.best is not None and self.best not in kept:
+            kept.append(self.best)
+        return sorted(kept, key=lambda p: -p.outcome.cost)
+
+    def _run(self, choice: Sequence[Option] | Choice, items: Sequence[int]) -> Outcome | None:
+        try:
+            plan: Plan = compose(choice, name="tuned")
+        except PlanError as refused:
+            self.notes.append(f"{name_of(choice)}: {refused}")
+            return None
+        outcome = self._trials.run(name_of(choice), plan, items)
+        if outcome is None:
+            self.notes.append(f"{name_of(choice)} was left out: {self._trials.why_not(name_of(choice))}")
+        return outcome
+
+    def _has_time(self, share: float) -> bool:
+        return self._seconds is None or self._trials.seconds < share * self._seconds
