@@ -6,7 +6,12 @@ import pytest
 import torch
 from mutants import mutant
 from poison import poisoned_outputs, surrounded
+from test_quantization import out, pixart, quantized, snapshot, sqnr, unchanged
+from zoo import ZOO
+from zoo_pipelines import PIPELINES
 
+from diffaccel import Plan, PlanError, Quantize, accelerate, calibrate
+from diffaccel.denoiser import Denoiser, Site, select
 from diffaccel.kernels import static_quantize as kernel
 from diffaccel.kernels._candidates import worst_row_error
 from diffaccel.kernels.int8_linear import activation_bits, pack, quantize_per_channel, saturating_data
@@ -18,6 +23,9 @@ from diffaccel.kernels.int8_static import (
     static_quantize,
     static_quantize_ref,
 )
+from diffaccel.plan import Artefacts
+from diffaccel.quantization.channels import ChannelRecorder
+from diffaccel.quantization.eligible import why_not
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFACCEL_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFACCEL_KERNELS", "int8_static_linear=onednn;int8_conv=onednn")  # which rounds
     torch.manual_seed(0)
     with warnings.catch_warnings():  # NumPy below the interpreter, on infinities
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -123,3 +132,116 @@ def test_operators():
     qweight, w_scale = quantize_per_channel(torch.randn(4, 8))
     arguments = (x, qweight, w_scale, None, scale, zero, None, None, "dense", 8)
     torch.library.opcheck(torch.ops.diffaccel.int8_static_linear, arguments)
+
+
+# --- through a plan ---------------------------------------------------------------------------------------------------
+
+
+def pipeline():
+    specimen = PIPELINES["pixart_sigma"]
+    call = specimen.arguments(steps=4)
+    return specimen, specimen.build(), {k: v for k, v in call.items() if k not in ("prompt", "generator")}
+
+
+STATIC = Quantize(activations="static", balance=0.5, float_activations="")
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    _, pipe, call = pipeline()
+    return calibrate(pipe, STATIC, prompts=["a", "b c"], generator=torch.Generator().manual_seed(0), **call)
+
+
+def test_ranges_are_measured_followed_and_saved(calibrated, tmp_path):
+    specimen, pipe, _ = pipeline()
+    plan = Plan.load(calibrated.save(tmp_path / "plan"))
+    reference = specimen.call(pipe, steps=4)
+    with accelerate(pipe, plan) as accel:
+        layers = quantized(pipe.transformer)
+        assert accel.report().techniques[0].facts["schemes"] == {"W8A8 static + balance 0.5": len(layers)}
+        used = []
+        layers[0].register_forward_pre_hook(lambda m, x: used.append(float(m.act_scale)))
+        assert sqnr([reference], [specimen.call(pipe, steps=4)]) > 25
+        by_part = grid(*layers[0].act_limits.T, layers[0].bits)[0]
+        assert used == [float(by_part[part]) for part in (0, 2, 5, 7)] and len(set(used)) > 1  # of eight, at four steps
+        accel.bake()
+        pipe.transformer.save_pretrained(tmp_path / "model")
+    loaded = type(pipe.transformer).from_pretrained(tmp_path / "model")
+    for layer in quantized(loaded):  # without a clock: one range for all steps
+        limits = layer.act_limits
+        assert torch.equal(layer.act_scale, grid(limits[:, 0].amin()[None], limits[:, 1].amax()[None], layer.bits)[0])
+    pipe.transformer = loaded
+    assert sqnr([reference], [specimen.call(pipe, steps=4)]) > 20
+
+
+def test_they_come_off_and_move(calibrated):
+    specimen, pipe, _ = pipeline()
+    start = snapshot(pipe.transformer)
+    with accelerate(pipe, calibrated):
+        specimen.call(pipe, steps=2)
+    assert unchanged(pipe.transformer, start)
+    with accelerate(pipe, calibrated):
+        pipe.transformer.to(torch.bfloat16)
+        layer = quantized(pipe.transformer)[0]
+        assert layer.act_limits.dtype == layer.act_scale.dtype == torch.float32
+    assert not any(name.startswith("act_") for m in pipe.transformer.modules() for name in m._buffers)
+
+
+def test_what_does_not_go_together_is_refused():
+    _, model = pixart()
+    with pytest.raises(PlanError, match=r"range of .*input.*diffaccel\.calibrate"):
+        accelerate(model, Plan(quantization=Quantize(activations="static")))
+    with pytest.raises(PlanError, match="rotation"):
+        Quantize(activations="static", rotate=True)
+    with pytest.raises(PlanError, match="int8 weights"):
+        Quantize(activations="static", weights="int4")
+
+
+def test_the_range_leaves_protected_tokens_out():
+    """MixDQ's case: one constant token of the text, many times larger, would take all the codes."""
+    _, model = pixart()
+    layer = model.transformer_blocks[0].attn2.to_k
+    name = "transformer_blocks.0.attn2.to_k"
+    site = Site("transformer", name, "cross.k", layer)
+    texts = [torch.randn(2, 9, layer.in_features) for _ in range(3)]
+    for x in texts:
+        x[:, 0] = torch.linspace(-400, 400, layer.in_features)
+    recorder = ChannelRecorder([site], set(), {site}, {site})
+    for x in texts[:2]:
+        recorder._rows[site.full_name].begin()
+        layer(x)
+    recorder.remove()
+    artefacts, exact, losses = Artefacts(dict(recorder.artefacts())), layer(texts[2]).detach()[:, 1:], {}
+    for protect in (True, False):
+        section = Quantize(sites=f"transformer.{name}", activations="static", protect=protect, float_activations="")
+        limits = artefacts if protect else _with_leading(artefacts, site)
+        with torch.no_grad(), accelerate(model, Plan(quantization=section, artefacts=limits)):
+            losses[protect] = sqnr([exact], [layer(texts[2])[:, 1:]])
+    assert losses[True] > losses[False] + 20
+
+
+def _with_leading(artefacts, site):
+    key = f"quantization.{site.full_name}.limits"
+    wide = artefacts[key].clone()
+    wide[0, 0], wide[0, 1] = wide[0, 0].clamp(max=-400), wide[0, 1].clamp(min=400)
+    return Artefacts({**artefacts, key: wide})
+
+
+def test_convolutions_round_to_a_symmetric_range():
+    specimen = ZOO["unet_sd15"]
+    model = specimen.build()
+    sites = [s for s in select([Denoiser.of(model, "unet")], "conv skip", "layers") if why_not(s.module, {}) is None]
+    recorder = ChannelRecorder(sites, set(), set(), set(sites))
+    with torch.no_grad():
+        before = out(specimen, model)
+        recorder.remove()
+        plan = Plan(
+            quantization=Quantize(sites="conv skip", activations="static"),
+            artefacts=Artefacts(dict(recorder.artefacts())),
+        )
+        with accelerate(model, plan):
+            layers = quantized(model)
+            assert layers and all(
+                float(x.act_scale) * 127 == pytest.approx(float(x.act_limits.abs().max())) for x in layers
+            )
+            assert sqnr(before, out(specimen, model)) > 25

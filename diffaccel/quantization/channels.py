@@ -1,8 +1,9 @@
 """What calibration measures at every linear: the mean square of each input channel, by part of the schedule.
 
 It decides the balance of channels (see `conditioning`) and how much an error in a column of the weight matters; rows of
-the text that never change can be protected (see `protection`). Everything is streamed: nothing grows with the number
-of prompts or tokens, and measurements of several runs merge in any order.
+the text that never change can be protected (see `protection`). Where activations are static, also the least and largest
+value of each channel. Everything is streamed: nothing grows with the number of prompts or tokens, and measurements of
+several runs merge in any order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from diffaccel.clock import Call
 from diffaccel.denoiser import Site
 from diffaccel.kernels.hadamard import hadamard
 from diffaccel.plan import Artefacts
-from diffaccel.quantization.protection import ConstantRows
+from diffaccel.quantization.protection import LEADING, ConstantRows
 from diffaccel.quantization.rotation import block_size, random_signs
 from diffaccel.quantization.schedule import Steps
 
@@ -49,6 +50,23 @@ class Channels:
         chosen = [i for i in rows if seen[i]] or [i for i in range(RANGES) if seen[i]]
         return table[chosen].mean(0)
 
+    def limits(self, before: Tensor | None) -> Tensor:
+        """Least and largest value of the input times ``before`` [K], for each part of the schedule, [RANGES, 2].
+
+        Where nothing was measured, those of all the others.
+        """
+        table = self._artefacts[f"{self._name}.limits"]
+        table = table if before is None else table * before.to(table)
+        limits = torch.stack([table[:, 0].amin(-1), table[:, 1].amax(-1)], 1)
+        seen = self._artefacts[f"{self._name}.seen"]
+        overall = torch.stack([limits[seen, 0].amin(), limits[seen, 1].amax()])
+        return torch.where(seen[:, None], limits, overall)
+
+    @property
+    def limited(self) -> bool:
+        """Whether least and largest values were measured."""
+        return f"{self._name}.limits" in self._artefacts
+
     @property
     def rotated(self) -> bool:
         """Whether the rotated input was measured too."""
@@ -61,21 +79,26 @@ def channels_of(artefacts: Artefacts, site: Site) -> Channels | None:
 
 
 class ChannelRecorder:
-    """Measures the inputs of some linears of one denoiser. Its `follow` listens at the denoiser's root.
+    """Measures the inputs of some layers of one denoiser. Its `follow` listens at the denoiser's root.
 
     Args:
-        sites: the linears.
+        sites: the linears, and convolutions whose activations will be static.
         rotated: those whose rotated input is measured too.
         text: those that may have protected rows.
+        limited: those whose least and largest values are measured.
     """
 
-    def __init__(self, sites: Sequence[Site], rotated: set[Site], text: set[Site]) -> None:
+    def __init__(
+        self, sites: Sequence[Site], rotated: set[Site], text: set[Site], limited: set[Site] | None = None
+    ) -> None:
         self._names = [site.full_name for site in sites]
         self._row = 0
         self._run = -1
         self._sums: dict[str, Tensor] = {}  # float64 [RANGES, K], by site and kind
         self._counts: dict[str, Tensor] = {}  # int64 [RANGES]
         self._rows = {site.full_name: ConstantRows() for site in text}
+        self._limited = {site.full_name for site in limited or ()}
+        self._limits: dict[str, Tensor] = {}  # float32 [RANGES, 2, 1 + P, K]: of most rows, then of each leading one
         self._rotated = {s.full_name for s in rotated if block_size(int(s.module.in_features)) is not None}  # type: ignore[arg-type]
         self._handles = [site.module.register_forward_pre_hook(self._hook(site.full_name)) for site in sites]
 
@@ -96,6 +119,7 @@ class ChannelRecorder:
         """Everything measured so far, by name; what `merge` takes."""
         state = {f"{PREFIX}.{name}": tensor.cpu() for name, tensor in self._sums.items()}
         state |= {f"{PREFIX}.{name}.counts": counts for name, counts in self._counts.items()}
+        state |= {f"{PREFIX}.{name}.limits": table.cpu() for name, table in self._limits.items()}
         for name, rows in self._rows.items():
             state |= {f"{PREFIX}.{name}.{key}": value for key, value in rows.state().items()}
         return state
@@ -108,6 +132,8 @@ class ChannelRecorder:
             for kind in ("squares", "rotated"):
                 if kind in own:
                     self._add(f"{site}.{kind}", own[kind])
+            if "limits" in own:
+                self._widen(site, own["limits"])
             if "counts" in own:
                 self._counts[site] = self._counts.get(site, 0) + own["counts"]
             if site in self._rows:
@@ -120,6 +146,10 @@ class ChannelRecorder:
             yield f"{PREFIX}.{name}", (sums.cpu() / counts.clamp(min=1)[:, None]).float()
         for name, counts in self._counts.items():
             yield f"{PREFIX}.{name}.seen", counts > 0
+        for name, table in self._limits.items():
+            constant = self._rows[name].found() if name in self._rows else None
+            rest = table[:, :, [0, *range(1 if constant is None else 1 + len(constant), table.shape[2])]].cpu()
+            yield f"{PREFIX}.{name}.limits", torch.stack([rest[:, 0].amin(1), rest[:, 1].amax(1)], 1)
         for name, rows in self._rows.items():
             constant = rows.found()
             if constant is not None:
@@ -130,10 +160,14 @@ class ChannelRecorder:
             x = args[0].detach() if args else None
             if x is None or not x.numel():
                 return
+            if isinstance(module, nn.Conv2d):
+                x = x.movedim(-3, -1)  # channels last, as the inputs of linears are
             if name in self._rows:
                 self._rows[name].see(x)
             values = x.reshape(-1, x.shape[-1]).float()
             self._note(f"{name}.squares", values)
+            if name in self._limited:
+                self._note_limits(name, x)
             if name in self._rotated:
                 turned = hadamard(values, random_signs(values.shape[-1], values.device))
                 self._note(f"{name}.rotated", turned)
@@ -147,6 +181,24 @@ class ChannelRecorder:
         table = values.new_zeros(RANGES, values.shape[1], dtype=torch.float64)
         table[self._row] = values.square().sum(0)
         self._add(name, table)
+
+    def _note_limits(self, name: str, x: Tensor) -> None:
+        """Leading rows of a text apart: those that turn out to be protected do not count."""
+        table = x.new_empty(RANGES, 2, 1 + LEADING, x.shape[-1], dtype=torch.float32)
+        table[:, 0], table[:, 1] = torch.inf, -torch.inf
+        leading = LEADING if name in self._rows and x.ndim == 3 and x.shape[1] > LEADING else 0
+        rest = x[:, leading:] if leading else x
+        table[self._row, :, 0] = torch.stack(rest.reshape(-1, x.shape[-1]).float().aminmax(dim=0))
+        for i in range(leading):
+            table[self._row, :, 1 + i] = torch.stack(x[:, i].float().aminmax(dim=0))
+        self._widen(name, table)
+
+    def _widen(self, name: str, table: Tensor) -> None:
+        known = self._limits.get(name)
+        if known is not None:
+            table = table.to(known)
+            table = torch.stack([torch.minimum(known[:, 0], table[:, 0]), torch.maximum(known[:, 1], table[:, 1])], 1)
+        self._limits[name] = table
 
     def _add(self, name: str, table: Tensor) -> None:
         known = self._sums.get(name)

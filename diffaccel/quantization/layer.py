@@ -16,10 +16,12 @@ from diffaccel.quantization.schedule import Phase
 from diffaccel.quantization.stored import KINDS, NAMES, Run
 from diffaccel.quantization.weight import QuantizedWeight
 
-CONDITIONING = ("before", "after", "up", "down")
+CONDITIONING = ("before", "after", "up", "down", "act_limits")
 """Names of tensors that a stored weight may have beside those of its kind."""
 PROTECTED = ("kept_rows", "kept_outputs")
 """Names of the tensors of protected tokens, which all stored weights of a layer share."""
+STATIC = ("act_scale", "act_zero", "act_sums")
+"""Names of the buffers that a stored weight has for static activations now; made from its ``act_limits``, not saved."""
 SAVED = (*NAMES, *CONDITIONING, *PROTECTED)
 
 
@@ -65,7 +67,8 @@ class QuantizedLayer(nn.Module):
 
     def tensors(self, run: Run) -> dict[str, Tensor]:
         """What ``run`` computes with, by name without the suffix."""
-        found = {name: self._buffers.get(name + run.suffix) for name in (*KINDS[run.kind].names, *CONDITIONING)}
+        names = (*KINDS[run.kind].names, *CONDITIONING, *STATIC)
+        found = {name: self._buffers.get(name + run.suffix) for name in names}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
@@ -80,7 +83,7 @@ class QuantizedLayer(nn.Module):
     @property
     def integer_activations(self) -> bool:
         """Whether they are int8 at some steps."""
-        return any(run.scheme.activations == "int8" for run in self.runs)
+        return any(run.scheme.integer_activations for run in self.runs)
 
     @property
     def weight(self) -> Tensor:
@@ -136,7 +139,27 @@ class QuantizedLayer(nn.Module):
         if moves and self.device.type != "meta":
             self.bits = activation_bits(self.device)
         self.weight_dtype = probe.dtype
+        self.use_limits(None)
         return self
+
+    def use_limits(self, part: int | None) -> None:
+        """Round static activations to the range of this part of the schedule, of `channels.RANGES`; None: of any."""
+        for suffix in {run.suffix for run in self.runs if run.scheme.activations == "static"}:
+            limits = self._buffers["act_limits" + suffix]
+            assert limits is not None
+            if limits.device.type == "meta":
+                continue
+            low, high = limits[part] if part is not None else (limits[:, 0].amin(), limits[:, 1].amax())
+            for name, value in self.static_form(low[None], high[None], suffix).items():
+                now = self._buffers.get(name + suffix)
+                if now is not None and (now.device, now.dtype) == (value.device, value.dtype):
+                    now.copy_(value)  # in place: compiled code and CUDA graphs hold it
+                else:
+                    self.register_buffer(name + suffix, value, persistent=False)
+
+    def static_form(self, low: Tensor, high: Tensor, suffix: str) -> dict[str, Tensor]:
+        """The buffers, by name without ``suffix``, that round activations between ``low`` and ``high``, [1] each."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The original while it is kept, else the compressed form; never both, so a save is one or the other."""
@@ -153,7 +176,7 @@ class QuantizedLayer(nn.Module):
     def saved(self) -> dict[str, Tensor]:
         """What a file holds of the compressed form: of several, the one with the most bits."""
         run = self.saved_run
-        tensors = self.tensors(run)
+        tensors = {name: tensor for name, tensor in self.tensors(run).items() if name not in STATIC}
         tensors |= KINDS[run.kind].unpack({name: tensors[name] for name in KINDS[run.kind].names if name in tensors})
         return tensors | {name: tensor for name, tensor in self.stored().items() if name in PROTECTED}
 

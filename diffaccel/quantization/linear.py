@@ -12,8 +12,10 @@ from diffaccel.kernels.hadamard import block_for
 from diffaccel.kernels.int8_conv import Geometry, PackedFilters, int8_conv, pack_filters
 from diffaccel.kernels.int8_linear import activation_bits
 from diffaccel.kernels.int8_rows import Conditioner
+from diffaccel.kernels.int8_static import grid, row_sums
+from diffaccel.kernels.per_token import SCALE_FLOOR
 from diffaccel.originals import Parked
-from diffaccel.quantization.layer import QuantizedLayer
+from diffaccel.quantization.layer import STATIC, QuantizedLayer
 from diffaccel.quantization.protection import protect_rows
 from diffaccel.quantization.schedule import Phase
 from diffaccel.quantization.stored import KINDS, Run
@@ -42,9 +44,15 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[override]
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
+    def static_form(self, low: Tensor, high: Tensor, suffix: str) -> dict[str, Tensor]:
+        scale, zero = grid(low, high, self.bits)
+        qweight = self._buffers["qweight" + suffix]
+        sums = None if qweight is None else row_sums(qweight)
+        return {"act_scale": scale, "act_zero": zero} | ({} if sums is None else {"act_sums": sums})
+
     def pack(self, tensors: Mapping[str, Tensor], runs: Sequence[Run]) -> dict[str, Tensor]:
         """The tensors of one stored weight, shared by ``runs``, in the form that is fastest where they are."""
-        integer = any(run.scheme.activations == "int8" for run in runs)
+        integer = any(run.scheme.integer_activations for run in runs)
         return KINDS[runs[0].kind].pack(tensors, integer_activations=integer)
 
 
@@ -58,11 +66,16 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
         run = self.active
         if run is None:
             return self._conv_forward(input, self.original, self.bias)
-        path = "auto" if run.scheme.activations == "int8" else "dense"
-        packed = PackedFilters(self.qweight, self.scale, self.geometry, path, self.bits)
+        path = "auto" if run.scheme.integer_activations else "dense"
+        tensors = self.tensors(run)
+        packed = PackedFilters(tensors["qweight"], tensors["scale"], self.geometry, path, self.bits)
         x = input if input.ndim == 4 else input[None]
-        y = int8_conv(x, packed, self.bias)
+        y = int8_conv(x, packed, self.bias, tensors["act_scale"] if run.scheme.activations == "static" else None)
         return y if input.ndim == 4 else y[0]
+
+    def static_form(self, low: Tensor, high: Tensor, suffix: str) -> dict[str, Tensor]:
+        """Symmetric, since zeros beyond the edges must be exact zeros."""
+        return {"act_scale": torch.maximum(high, -low).clamp(min=SCALE_FLOOR) / 127}
 
     @property
     def geometry(self) -> Geometry:
@@ -78,7 +91,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
     def pack(self, tensors: Mapping[str, Tensor], runs: Sequence[Run]) -> dict[str, Tensor]:
         """As for linears."""
         qweight = tensors["qweight"]
-        integer = any(run.scheme.activations == "int8" for run in runs)
+        integer = any(run.scheme.integer_activations for run in runs)
         on_cpu = qweight.device.type == "cpu" and not isinstance(qweight, torch._subclasses.FakeTensor)
         blocked = integer and not (on_cpu and torch.accelerator.is_available())
         packed = pack_filters(qweight, tensors["scale"], self.geometry, "auto" if blocked else "dense")
@@ -122,6 +135,7 @@ def become_quantized(
     real = device.type != "meta" and not isinstance(tensors["scale"], torch._subclasses.FakeTensor)
     layer.bits = activation_bits(device) if real else 8
     layer.weight_dtype, layer.parked, layer.phase = weight_dtype, parked, phase
+    layer.use_limits(None)
     if keep_original and original is not None:
         layer.register_buffer("original", original.data, persistent=False)
 
@@ -140,7 +154,8 @@ def _packed(layer: QuantizedLinear | QuantizedConv2d, tensors: Mapping[str, Tens
 def become_plain(layer: QuantizedLayer, weight: nn.Parameter | None) -> None:
     """The inverse of `become_quantized`."""
     plain = next(plain for plain, quantized in _QUANTIZED.items() if isinstance(layer, quantized))
-    for name in (*layer.stored_names, "original"):
+    derived = [name + run.suffix for run in layer.runs for name in STATIC]
+    for name in (*layer.stored_names, *derived, "original"):
         layer._buffers.pop(name, None)
         layer._non_persistent_buffers_set.discard(name)
     for name in ("runs", "stored_names", "bits", "weight_dtype", "parked", "phase"):

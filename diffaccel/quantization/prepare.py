@@ -103,6 +103,9 @@ def _prepare(
             before = balance if before is None else balance * before
     weight = condition_weight(weight, before, after, rotated=rotated)
     extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # exact
+    if any(run.scheme.activations == "static" for run in store.runs):
+        assert channels is not None
+        extras["act_limits"] = channels.limits(before).to(weight)
     importance = None if channels is None else _importance(channels.squares(ranges).to(weight), before, after, rotated)
     if how.low_rank:
         coarsest = min(store.runs, key=lambda run: run.scheme.bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WEIGHTS = ("int8", "int4", "fp8")
-ACTIVATIONS = ("int8", "fp8", "float")
+ACTIVATIONS = ("int8", "static", "fp8", "float")
 ORDERS = ("balance", "rotate")
 
 _BITS = {"int8": 8, "int4": 4, "fp8": 8}
@@ -21,7 +21,8 @@ class Scheme:
 
     Args:
         weights: ``int8``, ``int4`` or ``fp8`` (e4m3), symmetric, one scale per output channel.
-        activations: ``int8`` or ``fp8``, one scale per token, found at run time; ``float`` leaves them as they come.
+        activations: ``int8`` or ``fp8``, one scale per token, found at run time; ``static``, int8 with one range for
+            all tokens, found by calibration; ``float`` leaves them as they come.
         group: with ``int4``, input channels that share a multiplier of their own beneath the channel's scale.
     """
 
@@ -40,7 +41,13 @@ class Scheme:
         if self.weights == "fp8":
             return "FP8" if self.activations == "fp8" else "WFP8A16"
         group = f" g{self.group}" if self.group else ""
-        return f"W{self.bits}A{8 if self.activations == 'int8' else 16}{group}"
+        activations = {"int8": "A8", "static": "A8 static"}.get(self.activations, "A16")
+        return f"W{self.bits}{activations}{group}"
+
+    @property
+    def integer_activations(self) -> bool:
+        """Whether they are rounded to int8."""
+        return self.activations in ("int8", "static")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ class Quantize(Section):
             in 16 or 32 bits, as the papers do.
         weights: ``int8``, ``int4`` or ``fp8`` (e4m3), symmetric, one scale per output channel.
         activations: ``int8`` or ``fp8``, symmetric, one scale per token, found at run time; ``float`` leaves them in 16
-            or 32 bits. Integer weights go with int8 activations, fp8 with fp8; either with float ones.
+            or 32 bits. Integer weights go with int8 activations, fp8 with fp8; either with float ones. ``static``, with
+            int8 weights: int8 with one range for all tokens, by part of the schedule, which `diffaccel.calibrate`
+            measures (MixDQ, arXiv:2405.17873; DGQ's groups of steps, arXiv:2501.04304), for few-step models.
         group: for int4, input channels (32, 64 or 128) that share a multiplier beneath the channel's scale: finer, for
             8 bits per group. None: none.
         float_activations: among ``sites``, those whose activations stay in 16 or 32 bits, so that only their weights
@@ -67,6 +69,10 @@ class Quantize(Section):
         self._check_sites(self.sites)
         self._check_choice("weights", WEIGHTS)
         self._check_choice("activations", ACTIVATIONS)
+        if self.activations == "static" and self.weights != "int8":
+            raise PlanError(
+                f"Quantize: static activations go with int8 weights, got {self.weights!r}; use 'int8' for both"
+            )
         if self.activations != "float" and (self.weights == "fp8") != (self.activations == "fp8"):
             fitting = "fp8" if self.weights == "fp8" else "int8"
             raise PlanError(
@@ -86,6 +92,11 @@ class Quantize(Section):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"Quantize.{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("first", ORDERS)
+        if self.activations == "static" and self.rotate:
+            raise PlanError(
+                "Quantize: static activations save looking at each row, which a rotation has to do anyway; use "
+                "activations='int8' with rotate=True, or rotate=False"
+            )
         self._check_number("low_rank", 0, 4096, whole=True)
         self._check_number("refine", 0, 100, whole=True)
         self._check_steps(self.steps)
@@ -93,7 +104,7 @@ class Quantize(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether it needs what `diffaccel.calibrate` measures."""
-        return self.balance is not None or self.protect
+        return self.balance is not None or self.protect or self.activations == "static"
 
     def form(self, *, float_activations: bool = False) -> Form:
         """What a site gets; ``float_activations`` for one whose activations stay as they come."""

@@ -16,6 +16,7 @@ from diffaccel.kernels.fit_int4 import quantize_int4, quantize_nested
 from diffaccel.kernels.int4_linear import int4_linear
 from diffaccel.kernels.int8_conv import quantize_filters
 from diffaccel.kernels.int8_rows import PLAIN, Conditioner, conditioned
+from diffaccel.kernels.int8_static import int8_static_linear
 from diffaccel.kernels.packed_weight import Int4Weight, NestedWeight, int4_from, nested_from
 from diffaccel.quantization.scheme import Scheme
 from diffaccel.quantization.weight import dequantize_weight, plain
@@ -98,6 +99,10 @@ class _Int8:
     ) -> Tensor:
         if "down" in tensors:  # the branch reads it too
             x, how = conditioned(x, how), PLAIN
+        if run.scheme.activations == "static":
+            grid, sums = (tensors["act_scale"], tensors["act_zero"]), tensors.get("act_sums")
+            y = int8_static_linear(x, tensors["qweight"], tensors["scale"], bias, *grid, sums, how.before, bits=bits)
+            return _with_branch(y, x, tensors)
         path = "auto" if run.scheme.activations == "int8" else "dense"
         packed = int8.PackedWeight(tensors["qweight"], tensors["scale"], path, bits)
         return _with_branch(int8.int8_linear(x, packed, bias, how), x, tensors)
