@@ -90,11 +90,12 @@ def _channels(
     """What quantized linears need to know, measured on the unaccelerated pipeline."""
     done, state = checkpoint.load() if checkpoint else (0, {})
     with _watched(pipe, Plan(), len(requests) - done) as context, ExitStack() as hooks:
-        recorders = recorders_of(sections, context.denoisers)
+        recorders = recorders_of(sections, context.denoisers, context.encoders)
+        for recorder in recorders.values():
+            hooks.callback(recorder.remove)
+            recorder.merge(state)
         for denoiser in context.denoisers:
             if recorder := recorders.get(denoiser.component):
-                hooks.callback(recorder.remove)
-                recorder.merge(state)
                 context.root(denoiser).listeners.append(recorder.follow)
         for i, request in enumerate(requests[done:], done + 1):
             pipe(**{**call, **request})

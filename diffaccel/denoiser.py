@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from diffaccel.errors import ModelError, PlanError
+from diffaccel.reshape import role_of
 from diffaccel.sites import SitePattern
 
 
@@ -63,7 +64,8 @@ class Denoiser:
         attention_names = _attention_modules(module)
         blocks = _repeated_blocks(module, attention_names)
         layers = tuple(
-            Site(component, name, role, layer) for name, layer, role in _layers(module, attention_names, blocks)
+            Site(component, name, role_of(layer) or role, layer)
+            for name, layer, role in _layers(module, attention_names, blocks)
         )
         by_name = dict(module.named_modules())
         attentions = [
@@ -78,8 +80,9 @@ class Denoiser:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The diffusers config as a plain dict; empty for a module without one."""
-        return dict(getattr(self.module, "config", None) or {})
+        """The config (of diffusers, or of transformers) as a plain dict; empty for a module without one."""
+        config = getattr(self.module, "config", None) or {}
+        return dict(config.to_dict() if hasattr(config, "to_dict") else config)
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -91,14 +94,15 @@ class Denoiser:
         return tuple(sorted({c for c in counts if isinstance(c, int)}))
 
 
-def select(denoisers: Iterable[Denoiser], sites: str, kind: str) -> list[Site]:
-    """The ``layers`` or ``attentions`` (``kind``) that a pattern names, over all denoisers.
+def select(denoisers: Iterable[Denoiser], sites: str, kind: str, encoders: Iterable[Denoiser] = ()) -> list[Site]:
+    """The ``layers`` or ``attentions`` (``kind``) that a pattern names, over all denoisers and the encoders it names.
 
     Raises:
         PlanError: the pattern matches none of them; the message lists the roles that exist.
     """
     pattern = SitePattern(sites)
-    all_sites = [site for denoiser in denoisers for site in getattr(denoiser, kind)]
+    networks = [*denoisers, *(encoder for encoder in encoders if pattern.names(encoder.component))]
+    all_sites = [site for network in networks for site in getattr(network, kind)]
     chosen = [site for site in all_sites if pattern.matches(site.role, site.component, site.name)]
     if not chosen:
         roles = Counter(site.role for site in all_sites)
@@ -138,6 +142,17 @@ def find_denoisers(model: Any) -> tuple[Denoiser, ...]:
     return tuple(found)
 
 
+def find_encoders(model: Any) -> tuple[Denoiser, ...]:
+    """The networks of transformers in a pipeline, such as text encoders, described like denoisers; none in a module."""
+    components = {} if isinstance(model, nn.Module) else getattr(model, "components", {})
+    found = []
+    for name, component in components.items():
+        module = unwrap_compiled(component) if isinstance(component, nn.Module) else None
+        if module is not None and hasattr(module, "get_input_embeddings") and not _takes_timestep(module):
+            found.append(Denoiser.of(module, name))
+    return tuple(found)
+
+
 def unwrap_compiled(module: nn.Module) -> nn.Module:
     """The module behind ``torch.compile(module)``; any other module unchanged."""
     inner = module.__dict__.get("_orig_mod") or module._modules.get("_orig_mod")
@@ -168,7 +183,7 @@ _K = re.compile(r"(to_)?(k|key|wk)(_proj|_linear|_img|_t|_ip)?")
 _V = re.compile(r"(to_)?(v|value|wv)(_proj|_linear|_img|_t|_ip)?")
 _QKV = re.compile(r"(.*_)?(w?qkv|kv)(_.*)?|in_proj|query_key_value", re.IGNORECASE)
 _ADDED = re.compile(r"(to_)?add(ed)?_?(q|k|v|qkv|kv|out)(_proj)?|to_add_out")
-_OUT = re.compile(r"(to_)?out(_proj|_layer|_t)?|o_proj|proj_attn|wo|.*attn_proj|proj|proj_out|linear_out")
+_OUT = re.compile(r"(to_)?out(_proj|_layer|_t)?|o|o_proj|proj_attn|wo|.*attn_proj|proj|proj_out|linear_out")
 _MODULATION = re.compile(
     r"(^|[._])(ada|adaln|norm\w*|mod|modulation|\w*modulation|time_emb_proj|temb\w*|gate_layer)", re.IGNORECASE
 )
@@ -289,7 +304,8 @@ def _block_role(inner: str, layer: nn.Module, block: nn.Module) -> str:
     if layer.out_features == 3 * layer.in_features and not _contracts_to(block, layer):
         return "attn.qkv"
     if layer.out_features == layer.in_features:
-        return "attn.out" if any(_is_qkv_shaped(c) for c in block.modules()) else "other"
+        ends_attention = "attention.output." in inner or any(_is_qkv_shaped(c) for c in block.modules())
+        return "attn.out" if ends_attention else "other"
     return "ff.in" if layer.out_features > layer.in_features else "ff.out"
 
 

@@ -2,7 +2,7 @@
 
 A pattern is a space-separated list of globs. Each is tried on a site's role (``ff.in``), then on its full name
 (``transformer.blocks.0.ff.net.2``). ``component:glob`` restricts a glob to one component, ``!glob`` excludes. A pattern
-of exclusions only starts from everything.
+of exclusions only starts from everything. Text encoders are meant only where they are named: ``text_encoder*:ff.*``.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class SitePattern:
             if not glob:
                 raise PlanError(f"sites={text!r}: {word!r} names no site; write a glob such as 'attn.*' after it")
             self._globs.append(_Glob(glob, component, exclude=word.startswith("!")))
+
+    def names(self, component: str) -> bool:
+        """Whether it speaks of ``component`` by name: with a prefix, or a name that begins with it."""
+        said = (g for g in self._globs if not g.exclude)
+        return any(fnmatchcase(component, g.component) or g.glob.startswith(f"{component}.") for g in said)
 
     def matches(self, role: str, component: str, name: str) -> bool:
         """Whether the site with this role and dotted ``name`` inside ``component`` is meant."""

@@ -45,6 +45,7 @@ class Context:
 
     Args:
         denoisers: the pipeline's denoisers.
+        encoders: its networks of transformers, which techniques touch only where a plan names them.
         clock: where the loop stands.
         artefacts: calibrated tensors of the plan.
         originals: where replaced weights wait: ``cpu``, ``disk`` or ``device``.
@@ -58,6 +59,7 @@ class Context:
     originals: str = "cpu"
     profile: bool = False
     pipeline: Any = None
+    encoders: tuple[Denoiser, ...] = ()
     undo: ExitStack = field(default_factory=ExitStack)
     roots: dict[str, RootHook] = field(default_factory=dict)
 

@@ -20,14 +20,13 @@ from diffaccel.quantization.channels import channels_of
 from diffaccel.quantization.eligible import form_at, parameter_users, refuse_group_offload, why_not
 from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
 from diffaccel.quantization.linear import become_plain, become_quantized
-from diffaccel.quantization.policy import PolicyPhase, policy_of
+from diffaccel.quantization.policy import PolicyPhase, StepPolicy, policy_of
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
 from diffaccel.quantization.rotation import block_size
 from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
 from diffaccel.quantization.section import Quantize
-from diffaccel.quantization.static import follow_limits
 from diffaccel.quantization.worth import speedup, typical_tokens
 from diffaccel.report import TechniqueReport
 from diffaccel.root import Compute
@@ -54,12 +53,13 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
     """
     for denoiser in context.denoisers:
         refuse_group_offload(denoiser)
-    users = parameter_users(context.denoisers)
+    users = parameter_users((*context.denoisers, *context.encoders))
     matches: defaultdict[Site, list[tuple[Steps, Form]]] = defaultdict(list)
     skipped: defaultdict[str, list[str]] = defaultdict(list)
     for section in sections:
         usable = False
-        for site in select(context.denoisers, section.sites, "layers"):
+        for site in select(context.denoisers, section.sites, "layers", context.encoders):
+            _check_encoder(section, site, context)
             reason = why_not(site.module, users, section)
             if reason is None:
                 _check_calibrated(section, site, context)
@@ -73,16 +73,22 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
     return Resolved(sections, {site: schedule_of(found) for site, found in matches.items()}, dict(skipped))
 
 
+def _check_encoder(section: Quantize, site: Site, context: Context) -> None:
+    encoder = next((encoder for encoder in context.encoders if encoder.component == site.component), None)
+    if encoder is None:
+        return
+    if section.steps != _ALWAYS:
+        raise PlanError(
+            f"Quantize(sites={section.sites!r}, steps={section.steps}) matches {site.full_name}, which runs before the "
+            "first step; give it a section of its own without steps"
+        )
+    refuse_group_offload(encoder)
+
+
 def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
-    static = form_at(section, site).scheme.activations == "static"
-    if not section.needs_calibration or not (static or isinstance(site.module, nn.Linear)):
+    if not section.needs_calibration or not isinstance(site.module, nn.Linear):
         return
     channels = channels_of(context.artefacts, site)
-    if static and (channels is None or not channels.limited):
-        raise PlanError(
-            f"Quantize(activations='static') needs the range of {site.full_name}'s input, which this plan has not; get "
-            "it by plan = diffaccel.calibrate(pipe, plan, prompts=[...]), or use activations='int8'"
-        )
     turned = section.balance is not None and section.rotate and section.first == "rotate"
     if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
         raise PlanError(
@@ -119,11 +125,11 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
         assert isinstance(layer, QuantizedLayer)
         layers[site] = layer
         facts["bytes_after"] += layer.stored_bytes
-    for denoiser in context.denoisers:
-        own = {s.name: layer for s, layer in layers.items() if s.component == denoiser.component}
-        handle = denoiser.module.register_load_state_dict_pre_hook(_LoadGuard(own))
-        context.undo.callback(handle.remove)
-    follow_limits(layers, context)
+    for network in (*context.denoisers, *context.encoders):
+        own = {s.name: layer for s, layer in layers.items() if s.component == network.component}
+        if own:
+            handle = network.module.register_load_state_dict_pre_hook(_LoadGuard(own))
+            context.undo.callback(handle.remove)
     return QuantizedLinears(resolved, context, originals, layers, dict(facts), notes)
 
 
@@ -200,20 +206,23 @@ class QuantizedLinears:
             if "original" not in layer._buffers:
                 layer.parked = None
         self._originals.discard()
-        for denoiser in self._context.denoisers:
-            if any(s.component == denoiser.component and layer.parked is None for s, layer in self._layers.items()):
-                sites = self._resolved.sites.items()
-                schedules = [schedule for site, schedule in sites if site.component == denoiser.component]
-                policy, reason = policy_of(schedules, self._context.clock.steps)
-                if policy is not None:
-                    first, last = f"first {policy.first}", f"last {policy.last}"
-                    self._notes.append(
-                        f"{denoiser.component} is saved with a step policy: activations in 16 bits in the {first} and "
-                        f"{last} of {self._context.clock.steps} steps"
-                    )
-                elif reason:
-                    self._notes.append(f"{denoiser.component} is saved in its widest form for all steps: {reason}")
-                mark_quantized(denoiser.module, self._resolved.sections[-1], policy)
+        for network in (*self._context.denoisers, *self._context.encoders):
+            if any(s.component == network.component and layer.parked is None for s, layer in self._layers.items()):
+                mark_quantized(network.module, self._resolved.sections[-1], self._policy(network.component))
+
+    def _policy(self, component: str) -> StepPolicy | None:
+        """By which it is saved, with a note for the report."""
+        steps = self._context.clock.steps
+        schedules = [schedule for site, schedule in self._resolved.sites.items() if site.component == component]
+        policy, reason = policy_of(schedules, steps)
+        if policy is not None:
+            self._notes.append(
+                f"{component} is saved with a step policy: activations in 16 bits in the first {policy.first} and last "
+                f"{policy.last} of {steps} steps"
+            )
+        elif reason:
+            self._notes.append(f"{component} is saved in its widest form for all steps: {reason}")
+        return policy
 
     def _lacks_fp8_product(self) -> bool:
         layers = self._layers.values()
@@ -234,14 +243,12 @@ class QuantizedLinears:
         shapes = {layer.weight_shape for layer in self._layers.values()}
         sizes = {(f"K{shape[1]}", f"N{shape[0]}") for shape in shapes if len(shape) == 2}
         used = {}
-        for operator in ("int8_linear", "int8_static_linear", "int4_linear", "fp8_linear"):
+        for operator in ("int8_linear", "int4_linear", "fp8_linear"):
             for choice in choices(operator):
                 words = choice.shape.split()
                 if any(K in words and N in words for K, N in sizes):
                     factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
-                    prefix = (
-                        "" if operator == "int8_linear" else f"{operator.removesuffix('_linear').replace('_', ' ')} "
-                    )
+                    prefix = "" if operator == "int8_linear" else f"{operator.split('_')[0]} "
                     used[prefix + " ".join(words[1:4])] = f"{choice.name}{factor}"
         convolutions = {f"C{shape[1]}_N{shape[0]}_k{shape[2]}x{shape[3]}" for shape in shapes if len(shape) == 4}
         for choice in choices("int8_conv"):
@@ -263,7 +270,7 @@ def _describe(section: Quantize) -> str:
 def _slower(resolved: Resolved, context: Context) -> list[str]:
     """One warning, and a note for the report, where int8 measures slower than the float linears here."""
     notes = []
-    for denoiser in context.denoisers:
+    for denoiser in (*context.denoisers, *context.encoders):
         linears = [
             s.module
             for s, schedule in resolved.sites.items()

@@ -1,48 +1,84 @@
-"""Makes diffusers know the quantizer ``diffaccel``.
+"""Makes diffusers and transformers know the quantizer ``diffaccel``.
 
-diffusers has no function for that, only two tables in `diffusers.quantizers.auto`. Importing that module costs seconds
-(it imports torch, and torchao where it is installed), so the tables are filled when something else imports it.
+diffusers has no function for that, only two tables in `diffusers.quantizers.auto`; transformers, whose text encoders
+are parts of pipelines, has two alike. Importing those modules costs seconds (they import torch, and torchao where it is
+installed), so the tables are filled when something else imports them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_TABLES = "diffusers.quantizers.auto"
-_CLASSES = ("DiffAccelConfig", "DiffAccelQuantizer")
+_CONFIG = "diffaccel.quantization.config"
+_QUANTIZER = "diffaccel.quantization.quantizer"
 
 
 def register() -> None:
-    """Fill diffusers' tables now if they exist, else as soon as they do. A second call does nothing more."""
-    module = sys.modules.get(_TABLES)
-    if module is not None and hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
-        _fill(module)
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    """Fill the tables now where they exist, else as soon as they do. A second call does nothing more."""
+    for name in _FILL:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+            _FILL[name](module)
+        elif not any(isinstance(finder, _WhenImported) and finder.awaited == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _WhenImported(name))
 
 
-def _fill(module: ModuleType) -> None:
-    ours = [sys.modules.get(f"diffaccel.quantization.{name}") for name in ("config", "quantizer")]
-    if any(m is not None and not hasattr(m, cls) for m, cls in zip(ours, _CLASSES, strict=True)):
-        return  # it is ours that imports diffusers just now, and registers when it is done
-    from diffaccel.quantization.config import DiffAccelConfig
-    from diffaccel.quantization.quantizer import DiffAccelQuantizer
+def _fill_diffusers(module: ModuleType) -> None:
+    ours = ((_CONFIG, "DiffAccelConfig"), (_QUANTIZER, "DiffAccelQuantizer"))
+    if any(name in sys.modules and not hasattr(sys.modules[name], cls) for name, cls in ours):
+        return  # it is ours that imports the tables just now, and registers when it is done
+    config, quantizer = (getattr(import_module(name), cls) for name, cls in ours)
+    module.AUTO_QUANTIZER_MAPPING["diffaccel"] = quantizer
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING["diffaccel"] = config
 
-    module.AUTO_QUANTIZER_MAPPING["diffaccel"] = DiffAccelQuantizer
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING["diffaccel"] = DiffAccelConfig
+
+def _fill_transformers(module: ModuleType) -> None:
+    """With stand-ins: transformers imports its tables before it can be used, and ours need both it and diffusers."""
+    config = getattr(sys.modules.get(_CONFIG), "DiffAccelConfig", _ConfigLater)
+    module.AUTO_QUANTIZATION_CONFIG_MAPPING["diffaccel"] = config
+    module.AUTO_QUANTIZER_MAPPING["diffaccel"] = _encoder_quantizer
+
+
+_FILL: dict[str, Callable[[ModuleType], None]] = {
+    "diffusers.quantizers.auto": _fill_diffusers,
+    "transformers.quantizers.auto": _fill_transformers,
+}
+"""By where the tables are."""
+
+
+def _encoder_quantizer(config: Any, **kwargs: Any) -> Any:
+    return import_module("diffaccel.quantization.encoder_quantizer").EncoderQuantizer(config, **kwargs)
+
+
+class _Later(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        config = getattr(sys.modules.get(_CONFIG), "DiffAccelConfig", None)
+        return config is not None and isinstance(instance, config)
+
+
+class _ConfigLater(metaclass=_Later):
+    """Stands for `DiffAccelConfig` until something imports that; what transformers needs of it."""
+
+    @staticmethod
+    def from_dict(body: dict[str, Any], **kwargs: Any) -> Any:
+        return import_module(_CONFIG).DiffAccelConfig.from_dict(body, **kwargs)
 
 
 class _WhenImported(MetaPathFinder):
     """Waits for one import, then steps aside."""
 
+    def __init__(self, awaited: str) -> None:
+        self.awaited = awaited
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _TABLES:
+        if name != self.awaited:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -64,4 +100,4 @@ class _ThenFill(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        _fill(module)
+        _FILL[module.__name__](module)

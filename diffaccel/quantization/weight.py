@@ -40,6 +40,7 @@ class QuantizedWeight(Tensor):
         stored: how they are stored, for people.
     """
 
+    _is_hf_initialized = True  # transformers asks this before it fills a weight with random values
     _values: Callable[[], Tensor]
     _stored: str
 

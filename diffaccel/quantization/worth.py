@@ -15,6 +15,7 @@ from diffaccel.kernels.int8_linear import int8_linear, pack
 from diffaccel.quantization.section import Quantize
 
 _TYPICAL_TOKENS = 1024
+_TEXT_TOKENS = 256
 _SHAPES = 3
 
 
@@ -68,7 +69,12 @@ def _measure(K: int, N: int, dtype: torch.dtype, device: torch.device, tokens: i
 
 
 def typical_tokens(denoiser: Denoiser) -> int:
-    """Rows of the image's linears as far as the config tells: the token grid of the size it was trained at."""
+    """Rows of the image's linears as far as the config tells: the token grid of the size it was trained at.
+
+    Of a text encoder, those of a long prompt.
+    """
+    if "vocab_size" in denoiser.config:
+        return _TEXT_TOKENS
     size, patch = denoiser.config.get("sample_size"), denoiser.config.get("patch_size", 1)
     if not isinstance(size, int) or not isinstance(patch, int):
         return _TYPICAL_TOKENS

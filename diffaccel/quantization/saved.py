@@ -1,0 +1,65 @@
+"""What ``config.json`` says of quantized layers, ``quantization_config.saved``: written from a model, read for one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from diffaccel.errors import ModelError
+from diffaccel.quantization.layer import SAVED, QuantizedLayer
+from diffaccel.quantization.scheme import Scheme
+from diffaccel.quantization.stored import KINDS, Run
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """How a layer runs, and the names of the tensors that a file has of it."""
+
+    run: Run
+    tensors: tuple[str, ...]
+
+
+def describe(model: nn.Module, *, native: bool = False) -> list[dict[str, Any]]:
+    """JSON-ready, for `saved_layers`: the baked layers of ``model`` by what they are.
+
+    Args:
+        native: of a layer that rounds its activations at some steps only, say that it does; a policy says the rest.
+    """
+    layers: defaultdict[SavedLayer, list[str]] = defaultdict(list)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.parked is None:
+            run = layer.saved_run
+            rounding = [r for r in layer.runs if r.suffix == run.suffix and r.scheme.activations != "float"]
+            run = rounding[0] if native and rounding else run
+            layers[SavedLayer(replace(run, suffix=""), tuple(layer.saved()))].append(name)
+    entries = []
+    for layer, names in layers.items():
+        run = layer.run
+        words = {"kind": run.kind, **asdict(run.scheme), "stored_group": run.group, "rotated": run.rotated}
+        said = {name: value for name, value in words.items() if value not in (None, False)}
+        entries.append({**said, "tensors": list(layer.tensors), "layers": names})
+    return entries
+
+
+def saved_layers(entries: Iterable[Mapping[str, Any]]) -> dict[str, SavedLayer]:
+    """By name. Raises ModelError where they say what this version does not know."""
+    layers: dict[str, SavedLayer] = {}
+    for entry in entries:
+        try:
+            scheme = Scheme(entry["weights"], entry["activations"], entry.get("group"))
+            run = Run(entry["kind"], scheme, entry.get("stored_group"), entry.get("rotated", False))
+            if run.kind not in KINDS:
+                raise KeyError(run.kind)
+            if unknown := set(entry["tensors"]) - set(SAVED):
+                raise KeyError(*sorted(unknown))
+            layers |= dict.fromkeys(entry["layers"], SavedLayer(run, tuple(entry["tensors"])))
+        except (KeyError, TypeError) as error:
+            raise ModelError(
+                f"config.json's quantization_config has an entry that this diffaccel does not know ({error}): save the "
+                "model again with this version, or install the one that wrote it"
+            ) from None
+    return layers
