@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from diffaccel.attach import accelerate
+from diffaccel.caching import calibrate as caching
 from diffaccel.caching.ratios import Recorder
 from diffaccel.caching.section import StepCache
 from diffaccel.clock import Call
@@ -38,9 +41,10 @@ def calibrate(
     """Run the pipeline on a few prompts and give the plan with what was measured.
 
     Quantized linears whose channels are balanced or whose text is protected need to know their inputs along the
-    unaccelerated trajectory: some tens of prompts. MagCache needs one, with the rest of the plan attached, so that the
-    numbers belong to the network that will run. Use the scheduler and step count that will be used (other step counts
-    are derived from them).
+    unaccelerated trajectory: some tens of prompts. Caches are calibrated with the rest of the plan attached, so that
+    the numbers belong to the network that will run: MagCache on one prompt; a schedule of steps on two to four, each
+    of which runs about eight times as long as one call. Use the scheduler and step count that will be used (other step
+    counts are derived from them).
 
     Args:
         pipe: a diffusers pipeline that is not accelerated.
@@ -60,11 +64,12 @@ def calibrate(
         ModelError: no denoiser in ``pipe``.
     """
     plan = _as_plan(plan)
-    cached = isinstance(plan.caching, StepCache) and plan.caching.policy == "mag"
+    cached = isinstance(plan.caching, StepCache) and plan.caching.needs_calibration
     quantized = [s for s in plan.quantization if isinstance(s, Quantize) and s.needs_calibration]
     if not cached and not quantized:
         raise PlanError(
-            "nothing in this plan needs calibration; StepCache(policy='mag') does, and Quantize with balance or protect"
+            "nothing in this plan needs calibration; StepCache with policy='mag', policy='schedule' or "
+            "forecast='fitted' does, and Quantize with balance or protect"
         )
     requests = _requests(prompts)
     if isinstance(pipe, nn.Module):
@@ -76,7 +81,12 @@ def calibrate(
         found |= _channels(pipe, quantized, requests, call, Checkpoint(folder, settings) if folder else None)
         plan = dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}))
     if cached:
-        found |= _ratios(pipe, dataclasses.replace(plan, caching=None), requests, call)
+        assert isinstance(plan.caching, StepCache)
+        others = dataclasses.replace(plan, caching=None)
+        if plan.caching.policy == "mag":
+            found |= _ratios(pipe, others, requests, call)
+        if plan.caching.policy == "schedule" or plan.caching.forecast == "fitted":
+            found |= _trajectories(pipe, others, plan.caching, requests, call)
     return dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}), key=key)
 
 
@@ -116,6 +126,37 @@ def _ratios(
         for request in requests:
             pipe(**{**call, **request})
     return _found(pipe, recorders)
+
+
+def _trajectories(
+    pipe: Any, others: Plan, section: StepCache, requests: Sequence[Mapping[str, Any]], call: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What static schedules need, of the network that ``others`` make of the pipeline."""
+    takes = inspect.signature(pipe.__call__).parameters
+
+    def runner(index: int, request: Mapping[str, Any]) -> caching.Run:
+        arguments = {**call, **request}
+        if "output_type" in takes:
+            arguments.setdefault("output_type", "np")  # floats, not yet rounded to 256 levels
+        given = arguments.get("generator")
+        states = [(g, g.get_state()) for g in (given if isinstance(given, list) else [given]) if g is not None]
+
+        def run() -> Tensor:
+            for generator, state in states:
+                generator.set_state(state)
+            if not states and "generator" in takes:
+                arguments["generator"] = torch.Generator("cpu").manual_seed(index)
+            return caching.result_of(pipe(**arguments))
+
+        return run
+
+    with _watched(pipe, others, len(requests) * caching.LENGTH) as context:
+        found = caching.measure(context, section, [runner(i, request) for i, request in enumerate(requests)])
+    if not found:
+        raise PlanError(
+            f"{type(pipe).__name__} never called its denoiser while calibrating; check the call's arguments"
+        )
+    return found
 
 
 def _found(pipe: Any, recorders: Iterable[Recorder | ChannelRecorder]) -> dict[str, Tensor]:

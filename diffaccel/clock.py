@@ -73,6 +73,11 @@ class Clock:
         self.run = 0
         self._begin_run([], None)
 
+    @property
+    def schedule(self) -> tuple[float | None, ...]:
+        """The timesteps of the run at hand, None where they are unknown; empty where even their number is."""
+        return tuple(self._schedule)
+
     # --- attaching ---
 
     def attach(self) -> None:

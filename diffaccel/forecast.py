@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from diffaccel.latents import add_leading, alike, output_like, output_tensors, partners, skeleton
 
-_DEPTH = {"hold": 1, "residual": 1, "linear": 2, "quadratic": 3, "trend": 3}
+_DEPTH = {"hold": 1, "residual": 1, "linear": 2, "quadratic": 3, "trend": 3, "fitted": 2}
+
+Slope = Callable[[float, float, float], float]
+"""Timesteps t, t_1 and t_0 -> by how much of v_1 - v_0 the output rises from t_1 to t."""
 
 
 class Forecast:
@@ -24,11 +28,15 @@ class Forecast:
     - ``trend``: the same with the slope scaled by b in [0, 1], the share of v_1 - v_0 that the line through v_-1 and
       v_0 would have foretold (least squares, per sample). Where outputs turn, b is near 0 and the last one is held.
 
+    - ``fitted``: v_1 + a (v_1 - v_0) with a = ``slope``(t, t_1, t_0), measured before on other runs, and no further
+      than ``trend`` would go
+
     Everything kept is a copy: a CUDA graph overwrites its outputs at the next replay, and pipelines write into latents.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, slope: Slope | None = None) -> None:
         self._kind = kind
+        self._slope = slope
         self._template: Any = None
         self._inputs: list[Tensor] = []
         self._partners: list[int | None] = []
@@ -86,11 +94,21 @@ class Forecast:
             return add_leading(difference, inputs[partner], 1).to(last.dtype)
         if self._kind == "quadratic" and len(self._history) == 3:
             return self._parabola(i, at).to(last.dtype)
-        if self._kind in ("linear", "quadratic") or self._share is not None:
+        if self._kind in ("linear", "quadratic", "fitted") or self._share is not None:
             rise = self._rise(i, at)
             if rise is not None:
-                return (last.float() + (rise if self._share is None else self._share[i] * rise)).to(last.dtype)
+                share = self._steepness(i, at)
+                return (last.float() + (rise if share is None else share * rise)).to(last.dtype)
         return last.clone()
+
+    def _steepness(self, i: int, at: float) -> Tensor | float | None:
+        """By how much of the line through the last two output ``i`` rises to ``at``; None: all of it."""
+        share = None if self._share is None else self._share[i]
+        if self._kind != "fitted" or self._slope is None:
+            return share
+        (t0, _), (t1, _) = self._history[-2:]
+        fitted = self._slope(at, t1, t0) * (t1 - t0) / (at - t1)
+        return fitted if share is None else share.clamp(max=fitted)
 
     def _rise(self, i: int, at: float) -> Tensor | None:
         """Output ``i`` at ``at`` less the last one, on the line through the last two; None with fewer than two."""
@@ -112,7 +130,7 @@ class Forecast:
 
     def _foretold(self, at: float, outputs: list[Tensor]) -> list[Tensor] | None:
         """b of each output as it is computed at ``at``, broadcastable over it; None while there is no line."""
-        if self._kind != "trend" or len(self._history) < 2:
+        if self._kind not in ("trend", "fitted") or len(self._history) < 2:
             return None
         shares = []
         for i, v in enumerate(outputs):

@@ -215,7 +215,7 @@ def test_seacache_by_hand():
     """A constant image has one frequency: filtering scales it, and the distance is that of the values."""
     policy, steps = SeaCache(0.25, lambda t: 0.5), []
     for step, value in enumerate((10.0, 9.0, 8.1, 7.29, 6.561)):  # each 10 % less than the one before
-        policy.look([torch.full((1, 2, 4, 4), value)], 0.0)
+        policy.look([torch.full((1, 2, 4, 4), value)], 0.0, step)
         if not (step and policy.skip()):
             steps.append(step)
             policy.learn([torch.zeros(1)])

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 from torch import nn
 
-from diffaccel.caching.policies import Change, EasyCache, Interval, MagCache, Policy, SeaCache
+from diffaccel.caching.decisions import Decisions, noise_level
 from diffaccel.caching.ratios import Ratios, ratios_of
 from diffaccel.caching.root import CachedRoot
 from diffaccel.caching.section import StepCache
 from diffaccel.caching.stack import Stack
+from diffaccel.caching.trajectory import Trajectories, trajectories_of
 from diffaccel.errors import PlanError
 from diffaccel.report import TechniqueReport
 from diffaccel.technique import Context
@@ -21,10 +20,11 @@ from diffaccel.technique import Context
 
 @dataclass(frozen=True)
 class Resolved:
-    """The section and, for MagCache, the ratios by component and branch."""
+    """The section and what was calibrated, by component: MagCache's ratios by branch, and trajectories."""
 
     section: StepCache
     ratios: Mapping[str, Mapping[str, Ratios]]
+    trajectories: Mapping[str, Trajectories]
 
 
 def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
@@ -52,7 +52,14 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
             "StepCache(policy='mag') needs calibrated magnitude ratios, which this plan has none of for "
             f"{', '.join(ratios)}; get them by plan = diffaccel.calibrate(pipe, plan, prompts=['one is enough'])"
         )
-    return Resolved(section, ratios)
+    found = {d.component: trajectories_of(context.artefacts, d.component) for d in context.denoisers}
+    trajectories = {component: known for component, known in found.items() if known is not None}
+    if section.needs_calibration and section.policy != "mag" and not trajectories:
+        raise PlanError(
+            f"StepCache(policy={section.policy!r}, forecast={section.forecast!r}) needs calibrated trajectories, which "
+            "this plan has none of; get them by plan = diffaccel.calibrate(pipe, plan, prompts=['two or three'])"
+        )
+    return Resolved(section, ratios, trajectories)
 
 
 def attach(resolved: Resolved, context: Context) -> AttachedCache:
@@ -63,51 +70,21 @@ def attach(resolved: Resolved, context: Context) -> AttachedCache:
         if section.granularity == "stack":
             stack = Stack(denoiser, section.front, section.back, section.forecast)
             stack.install(context)
-        policy = partial(_policy, section, resolved.ratios[denoiser.component], noise_level(context.pipeline))
-        cache = CachedRoot(section, policy, stack)
+        known, name = resolved.trajectories, denoiser.component
+        decisions = Decisions(
+            section,
+            context.clock,
+            noise_level(context.pipeline),
+            resolved.ratios[name],
+            known.get(name),
+            [other for component, other in known.items() if component != name],
+        )
+        cache = CachedRoot(section, decisions, stack)
         wrappers = context.root(denoiser).wrappers
         context.undo.callback(wrappers.remove, cache)
         wrappers.append(cache)
         caches[denoiser.component] = cache
     return AttachedCache(section, caches)
-
-
-def _policy(
-    section: StepCache, ratios: Mapping[str, Ratios], noise: Callable[[float], float], branch: str
-) -> tuple[Policy, str | None]:
-    """The policy of a branch in a new run, and what a user should know about it."""
-    if section.policy == "easy":
-        return EasyCache(section.threshold), None
-    if section.policy == "sea":
-        return SeaCache(section.threshold, noise), None
-    if section.policy == "first-block":
-        return Change(section.threshold), None
-    if section.policy == "interval":
-        return Interval(), None
-    if branch in ratios:
-        return MagCache(section.threshold, ratios[branch]), None
-    if not ratios:
-        return MagCache(section.threshold, None), "no ratios were calibrated for this denoiser: nothing is skipped"
-    used, others = next(iter(ratios.items()))
-    return MagCache(
-        section.threshold, others
-    ), f"no ratios were calibrated for branch {branch}; those of {used} are used"
-
-
-def noise_level(pipeline: Any) -> Callable[[float], float]:
-    """Timestep -> share of noise in the latents, in [0, 1]: a flow's timestep itself, else by the noise schedule."""
-
-    def level(timestep: float) -> float:
-        scheduler = getattr(pipeline, "scheduler", None)
-        config = getattr(scheduler, "config", None) or {}
-        last = config.get("num_train_timesteps") or 1000
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        if alphas is None or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-            return timestep / last
-        kept = float(alphas[min(max(round(timestep), 0), len(alphas) - 1)])
-        return (1 - kept) ** 0.5 / ((1 - kept) ** 0.5 + kept**0.5)
-
-    return level
 
 
 class AttachedCache:
@@ -120,9 +97,10 @@ class AttachedCache:
     def report(self) -> TechniqueReport:
         s = self._section
         several = len(self._caches) > 1
+        expected = {name: c.expected_psnr for name, c in self._caches.items() if c.expected_psnr is not None}
         return TechniqueReport(
             "caching",
-            f"policy {s.policy}, threshold {s.threshold:g}, forecast {s.forecast}"
+            f"policy {s.policy}, {_budget(s)}, forecast {s.forecast}"
             + (
                 f", in the block stack ({s.front} blocks before it, {s.back} behind)"
                 if s.granularity == "stack"
@@ -135,12 +113,19 @@ class AttachedCache:
                 "reused": sum(c.reused for c in self._caches.values()),
                 "cache_bytes": sum(c.nbytes for c in self._caches.values()),
                 "steps_computed": {name: c.computed_steps for name, c in self._caches.items()},  # of the last run
+                **({"expected_psnr": expected} if expected else {}),
             },
             notes=[f"{name}: {n}" if several else n for name, c in self._caches.items() for n in c.notes],
         )
 
     def bake(self) -> None:
         """Nothing is kept for undoing."""
+
+
+def _budget(section: StepCache) -> str:
+    if section.psnr is not None:
+        return f"{section.psnr:g} dB"
+    return f"{section.share:.0%} of the steps" if section.share is not None else f"threshold {section.threshold:g}"
 
 
 def _other_cache(module: nn.Module) -> str | None:

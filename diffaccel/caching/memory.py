@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffaccel.caching.stack import Ask, Stack
-from diffaccel.forecast import Forecast
+from diffaccel.forecast import Forecast, Slope
 from diffaccel.latents import alike, output_tensors
 from diffaccel.root import Compute
 
@@ -36,8 +36,8 @@ class Memory(Protocol):
 class RootMemory:
     """The whole call is skipped: its output is forecast from the outputs before."""
 
-    def __init__(self, forecast: str) -> None:
-        self._forecast = Forecast(forecast)
+    def __init__(self, forecast: str, slope: Slope | None = None) -> None:
+        self._forecast = Forecast(forecast, slope)
 
     @property
     def empty(self) -> bool:

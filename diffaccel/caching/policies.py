@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Protocol
 
 import torch
@@ -14,8 +14,8 @@ from diffaccel.caching.ratios import Ratios
 class Policy(Protocol):
     """Sees every step's input, may be asked whether to skip the step, and learns from each step that is computed."""
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
-        """Take in a step: the denoiser's latents (kept, so they must not change) and the step's timestep."""
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
+        """Take in a step: the denoiser's latents (kept, so they must not change), its timestep and index."""
 
     def skip(self) -> bool:
         """Whether the step may be skipped. Asked at most once a step, and not while steps are protected."""
@@ -40,7 +40,7 @@ class EasyCache:
         self._input: list[Tensor] = []  # of the last step, skipped or not
         self._computed: tuple[list[Tensor], list[Tensor]] | None = None  # input and output of the last computed step
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
         if self._k is not None and self._computed is not None and self._error is not None:
             moved = mean_abs_difference(inputs, self._input)
             self._error = self._error + self._k * moved / mean_abs(self._computed[1])
@@ -73,7 +73,7 @@ class MagCache:
         self._gamma: float | None = None
         self.learn([])
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
         known = self._ratios is not None and self._last is not None
         self._gamma = self._ratios.between(self._last, at) if known else None  # type: ignore[union-attr, arg-type]
         self._last = at
@@ -101,7 +101,7 @@ class Change:
         self._now: list[Tensor] = []
         self._computed: list[Tensor] | None = None
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
         self._now = inputs
 
     def skip(self) -> bool:
@@ -116,11 +116,28 @@ class Change:
 class Interval:
     """Skip every step that may be skipped: a fixed interval, as FORA (arXiv:2407.01425) and TaylorSeer have."""
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
         """It needs none."""
 
     def skip(self) -> bool:
         return True
+
+    def learn(self, outputs: list[Tensor]) -> None:
+        """It needs none."""
+
+
+class Static:
+    """Skip the steps that a schedule made before the run leaves out. Reads nothing from the device."""
+
+    def __init__(self, computed: Container[int]) -> None:
+        self._computed = computed
+        self._step = -1
+
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
+        self._step = step
+
+    def skip(self) -> bool:
+        return self._step not in self._computed
 
     def learn(self, outputs: list[Tensor]) -> None:
         """It needs none."""
@@ -144,7 +161,7 @@ class SeaCache:
         self._filtered: list[Tensor] = []
         self._moved: Tensor | None = None
 
-    def look(self, inputs: list[Tensor], at: float) -> None:
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
         level = min(max(self._noise(at), 1e-6), 1 - 1e-6)
         now = [self._filter(x, level) for x in inputs]
         if self._moved is not None and len(now) == len(self._filtered):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffaccel.caching.decisions import Decisions
 from diffaccel.caching.memory import Memory, RootMemory, StackMemory
 from diffaccel.caching.policies import Policy
 from diffaccel.caching.section import StepCache
@@ -15,9 +16,6 @@ from diffaccel.caching.stack import Ask, Stack
 from diffaccel.clock import Call
 from diffaccel.latents import latent_tensors
 from diffaccel.root import Compute
-
-MakePolicy = Callable[[str], tuple[Policy, str | None]]
-"""Branch -> its policy for a new run, and what a user should know about it."""
 
 
 class CachedRoot:
@@ -31,9 +29,9 @@ class CachedRoot:
         stack: the blocks that are skipped; None: whole calls are.
     """
 
-    def __init__(self, section: StepCache, policy: MakePolicy, stack: Stack | None) -> None:
+    def __init__(self, section: StepCache, decisions: Decisions, stack: Stack | None = None) -> None:
         self._section = section
-        self._make_policy = policy
+        self._decisions = decisions
         self._stack = stack
         self._notes: dict[str, None] = {}  # a set in order
         self._idle: str | None = None  # why the last run was left alone
@@ -48,6 +46,12 @@ class CachedRoot:
         instead = "nothing is skipped" if self._section.looks_inside else "whole calls are skipped instead"
         refused = [f"the block stack is left alone, {instead}: {refusal}"] if refusal else []
         return [*self._notes, *refused, *([self._idle] if self._idle else [])]
+
+    @property
+    def expected_psnr(self) -> float | None:
+        """In dB, of the last run, where a schedule was chosen for it that skips anything."""
+        chosen = self._decisions.chosen
+        return chosen.psnr if chosen is not None and math.isfinite(chosen.psnr) else None
 
     def _begin(self, run: int | None) -> None:
         self._run = run
@@ -74,7 +78,11 @@ class CachedRoot:
         memory = self._memories.get(call.branch)
         if memory is None or not memory.fits(inputs):  # new, or another size in the middle of a run
             in_stack = self._stack is not None and self._stack.refusal is None
-            memory = StackMemory(self._stack) if in_stack else RootMemory(self._section.forecast)  # type: ignore[arg-type]
+            memory = (
+                StackMemory(self._stack)  # type: ignore[arg-type]
+                if in_stack
+                else RootMemory(self._section.forecast, self._decisions.slope(call.branch))
+            )
             self._memories[call.branch] = memory
             self._policies.pop(call.branch, None)
         if self._section.looks_inside:
@@ -82,8 +90,8 @@ class CachedRoot:
         policy = None
         if call.step != self._step:
             self._step = call.step
-            policy = self._policy(call.branch)
-            policy.look(inputs, at)
+            policy = self._policy(call)
+            policy.look(inputs, at, call.step)
             self._skip = not memory.empty and self._free(call, "") and policy.skip()
             self._skips[""] = self._skips.get("", 0) + 1 if self._skip else 0
         output, skipped = self._made(call, memory, inputs, at, compute, self._skip and not memory.empty)
@@ -93,10 +101,10 @@ class CachedRoot:
 
     def _asked(self, call: Call, memory: Memory, inputs: list[Tensor], at: float, compute: Compute) -> Any:
         """A call in which the policy decides after the front blocks, by what they added; each branch for itself."""
-        policy, free = self._policy(call.branch), not memory.empty and self._free(call, call.branch)
+        policy, free = self._policy(call), not memory.empty and self._free(call, call.branch)
 
         def ask(added: list[Tensor]) -> bool:
-            policy.look(added, at)
+            policy.look(added, at, call.step)
             skip = free and policy.skip()
             if not skip:
                 policy.learn(added)
@@ -153,9 +161,9 @@ class CachedRoot:
             return call.progress >= s.protect_first
         return math.ceil(s.protect_first * call.steps) <= call.step < call.steps - s.protect_last
 
-    def _policy(self, branch: str) -> Policy:
-        if branch not in self._policies:
-            self._policies[branch], note = self._make_policy(branch)
+    def _policy(self, call: Call) -> Policy:
+        if call.branch not in self._policies:
+            self._policies[call.branch], note = self._decisions.policy(call)
             if note:
                 self._notes[note] = None
-        return self._policies[branch]
+        return self._policies[call.branch]

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from diffaccel.errors import PlanError
 from diffaccel.plan import Section, section_type
 
-POLICIES = ("easy", "mag", "sea", "first-block", "interval")
-FORECASTS = ("hold", "residual", "linear", "quadratic", "trend")
+POLICIES = ("easy", "mag", "sea", "first-block", "interval", "schedule")
+FORECASTS = ("hold", "residual", "linear", "quadratic", "trend", "fitted")
 GRANULARITIES = ("root", "stack")
 
 
@@ -22,8 +22,10 @@ class StepCache(Section):
         policy: which steps are skipped: ``easy`` (EasyCache: watches input and output, arXiv:2507.02860), ``mag``
             (MagCache: by magnitude ratios, arXiv:2506.09045; needs `diffaccel.calibrate`), ``sea`` (SeaCache: by how
             far the latents moved where they are signal, arXiv:2602.18993), ``first-block`` (FirstBlockCache, DBCache:
-            by how what the first blocks add has changed; granularity ``stack``) or ``interval`` (every step that
-            ``max_skips`` and the protected ones allow).
+            by how what the first blocks add has changed; granularity ``stack``), ``interval`` (every step that
+            ``max_skips`` and the protected ones allow) or ``schedule`` (those that cost least by calibrated
+            trajectories, after SmoothCache, arXiv:2411.10510; needs `diffaccel.calibrate`; ``psnr`` or ``share`` says
+            how many).
         granularity: what a skip leaves out: ``root``, the whole call, or ``stack``, the repeated blocks; embeddings and
             the final projection then see the step's own latents and timestep.
         front: with ``stack``, blocks at the beginning that always run. back: likewise at the end.
@@ -31,7 +33,10 @@ class StepCache(Section):
             computed one), ``residual`` (the input plus the last difference of output and input; what EasyCache and
             MagCache do), ``linear`` (the line through the last two over the timestep; after TaylorSeer,
             arXiv:2503.06923), ``quadratic`` (the parabola through the last three) or ``trend`` (the line, as far as
-            lines held so far in this run).
+            lines held so far in this run) or ``fitted`` (the line, as far as lines held when calibrated;
+            granularity ``root``).
+        psnr: of ``schedule``: error budget, the expected mean PSNR in dB of results in [0, 1] against the
+            unaccelerated ones. share: or the largest share of steps that are computed.
         threshold: error budget of a run of skipped steps, > 0; higher = faster, further from the original.
         protect_first: share of the schedule at its noisy start that is always computed (at least one step).
         protect_last: number of last steps that are always computed.
@@ -49,6 +54,8 @@ class StepCache(Section):
     front: int = 0
     back: int = 0
     forecast: str = "trend"
+    psnr: float | None = None
+    share: float | None = None
     threshold: float = 0.05
     protect_first: float = 0.1
     protect_last: int = 1
@@ -68,16 +75,53 @@ class StepCache(Section):
                 f"StepCache(policy={self.policy!r}) decides after the first blocks: it needs granularity='stack' and "
                 f"front of 1 or more, got {self.granularity!r} and {self.front}"
             )
+        self._check_schedule()
         self._check_number("threshold", 0, 100, open_low=True)
         self._check_number("protect_first", 0, 1)
         self._check_number("protect_last", 0, 1000, whole=True)
         self._check_number("max_skips", 1, 1000, whole=True)
         self._check_number("min_steps", 1, 1000, whole=True)
 
+    def _check_schedule(self) -> None:
+        if (self.psnr is None) + (self.share is None) != (1 if self.policy == "schedule" else 2):
+            raise PlanError(
+                "StepCache(policy='schedule') has either psnr (decibels) or share (of computed steps), and no other "
+                f"policy has one; got policy={self.policy!r}, psnr={self.psnr!r} and share={self.share!r}"
+            )
+        if self.psnr is not None:
+            self._check_number("psnr", 0, 200)
+        if self.share is not None:
+            self._check_number("share", 0, 1, open_low=True)
+        if self.policy == "schedule" and self.forecast not in ("hold", "linear", "fitted"):
+            raise PlanError(
+                "StepCache(policy='schedule') knows the errors of the forecasts hold, linear and fitted, got "
+                f"{self.forecast!r}"
+            )
+        if self.forecast == "fitted" and self.granularity != "root":
+            raise PlanError("StepCache(forecast='fitted') continues whole outputs: it needs granularity='root'")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `diffaccel.calibrate` has to measure something before this can be attached."""
+        return self.policy in ("mag", "schedule") or self.forecast == "fitted"
+
     @property
     def looks_inside(self) -> bool:
         """Whether it is decided inside the call, after the first blocks."""
         return self.policy == "first-block"
+
+    @classmethod
+    def scheduled(cls, psnr: float | None = None, share: float | None = None, max_skips: int = 4) -> StepCache:
+        """The steps that cost least by calibrated trajectories, within ``psnr`` or ``share``; see the class."""
+        return cls(
+            policy="schedule",
+            forecast="hold",
+            psnr=psnr,
+            share=share,
+            protect_first=0.0,
+            protect_last=0,
+            max_skips=max_skips,
+        )
 
     @classmethod
     def easycache(cls, threshold: float = 0.05, protect_first: float = 0.14) -> StepCache:
