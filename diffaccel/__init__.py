@@ -21,6 +21,7 @@ from diffaccel.caching.section import StepCache
 from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
 from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Plan
+from diffaccel.pruning.section import LowRank, Pruning
 from diffaccel.quantization.register import register as _register_quantizer
 from diffaccel.quantization.section import Quantize
 from diffaccel.tuning.budget import Budget
@@ -28,6 +29,7 @@ from diffaccel.tuning.budget import Budget
 if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
     from diffaccel.calibration import calibrate
+    from diffaccel.pruning.prune import prune
     from diffaccel.quantization.config import DiffAccelConfig
     from diffaccel.quantizing import quantize
     from diffaccel.tuning.tune import tune
@@ -40,14 +42,17 @@ __all__ = [
     "DiffAccelError",
     "GuidanceReuse",
     "InputError",
+    "LowRank",
     "MissingPackageError",
     "ModelError",
     "Plan",
     "PlanError",
+    "Pruning",
     "Quantize",
     "StepCache",
     "accelerate",
     "calibrate",
+    "prune",
     "quantize",
     "tune",
 ]
@@ -57,6 +62,7 @@ _LAZY = {
     "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
+    "prune": "diffaccel.pruning.prune",
     "quantize": "diffaccel.quantizing",
     "tune": "diffaccel.tuning.tune",
 }

@@ -12,6 +12,7 @@ from torch import nn
 import diffaccel.attention.attach
 import diffaccel.caching.attach
 import diffaccel.guidance.attach
+import diffaccel.pruning.attach
 import diffaccel.quantization.attach
 from diffaccel.clock import Clock
 from diffaccel.denoiser import find_denoisers, find_encoders
@@ -23,6 +24,7 @@ from diffaccel.report import Report
 from diffaccel.technique import Attached, Context, Technique
 
 _MODULES: dict[str, Technique] = {
+    "pruning": diffaccel.pruning.attach,
     "quantization": diffaccel.quantization.attach,
     "attention": diffaccel.attention.attach,
     "caching": diffaccel.caching.attach,
@@ -84,25 +86,29 @@ def accelerate(
         pipeline=pipeline,
         encoders=find_encoders(model),
     )
-    resolved = {}
-    for technique in TECHNIQUES:
-        if sections := resolved_plan.sections(technique):
-            try:
-                resolved[technique] = _MODULES[technique].resolve(sections, context)
-            except PlanError as refusal:
-                if plan not in PRESETS:
-                    raise
-                resolved_plan = resolved_plan.without(technique)
-                notes = [*notes, f"{technique} left out: {refusal}"]
     with ExitStack() as on_failure:  # unwinds unless everything attached
         on_failure.enter_context(context.undo)
+        attached, resolved = [], {}
+        if cut := resolved_plan.sections("pruning"):  # first, so that the others are resolved on what is left
+            pruning = _MODULES["pruning"]
+            attached.append(pruning.attach(pruning.resolve(cut, context), context))
+            context.denoisers = denoisers = find_denoisers(model)
+        for technique in TECHNIQUES:
+            if technique != "pruning" and (sections := resolved_plan.sections(technique)):
+                try:
+                    resolved[technique] = _MODULES[technique].resolve(sections, context)
+                except PlanError as refusal:
+                    if plan not in PRESETS:
+                        raise
+                    resolved_plan = resolved_plan.without(technique)
+                    notes = [*notes, f"{technique} left out: {refusal}"]
         for denoiser in denoisers:
             object.__setattr__(denoiser.module, _MARK, _Mark())
             context.undo.callback(denoiser.module.__dict__.pop, _MARK, None)
         if profile:
             for denoiser in denoisers:
                 context.root(denoiser)
-        attached = [_MODULES[technique].attach(sites, context) for technique, sites in resolved.items()]
+        attached += [_MODULES[technique].attach(sites, context) for technique, sites in resolved.items()]
         notes = [*notes, *diffaccel.quantization.attach.follow_policies(context)]
         on_failure.pop_all()
     return Accelerated(resolved_plan, context, attached, notes)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from diffaccel.errors import ModelError, PlanError
+from diffaccel.reshape import role_of
 from diffaccel.sites import SitePattern
 
 
@@ -63,7 +64,8 @@ class Denoiser:
         attention_names = _attention_modules(module)
         blocks = _repeated_blocks(module, attention_names)
         layers = tuple(
-            Site(component, name, role, layer) for name, layer, role in _layers(module, attention_names, blocks)
+            Site(component, name, role_of(layer) or role, layer)
+            for name, layer, role in _layers(module, attention_names, blocks)
         )
         by_name = dict(module.named_modules())
         attentions = [

@@ -39,6 +39,7 @@ class DiffAccelConfig(QuantizationConfigMixin):
             ``layers``.
         runtime: ``{"diffusion_step_policy": ...}``, see `diffaccel.quantization.policy`: first and last steps whose
             activations are not rounded. `diffaccel.accelerate` makes the loaded pipeline follow it.
+        shape: written when a pruned model is saved: what differs from its config, see `diffaccel.reshape`.
 
     Raises:
         PlanError: a value that `Quantize` refuses, or a policy that cannot be run.
@@ -57,6 +58,7 @@ class DiffAccelConfig(QuantizationConfigMixin):
         dtype: str | None = None,
         saved: Sequence[Mapping[str, Any]] = (),
         runtime: Mapping[str, Any] | None = None,
+        shape: Mapping[str, Any] | None = None,
         quant_method: str = _Method.DIFFACCEL.value,
     ) -> None:
         self.settings = Quantize(
@@ -74,6 +76,7 @@ class DiffAccelConfig(QuantizationConfigMixin):
         self.quant_method = _Method(quant_method)
         self.dtype = dtype
         self.saved = [dict(entry) for entry in saved]
+        self.shape = dict(shape or {})
         self.policy = read_policy(runtime)
         self.runtime = None if runtime is None else dict(runtime)
 
@@ -85,8 +88,10 @@ class DiffAccelConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         body = {name: getattr(self.settings, name) for name in _SETTINGS}
-        runtime = {} if self.runtime is None else {"runtime": self.runtime}
-        return {**body, "dtype": self.dtype, "saved": self.saved, **runtime, "quant_method": self.quant_method.value}
+        extras = {} if self.runtime is None else {"runtime": self.runtime}
+        if self.shape:
+            extras["shape"] = self.shape
+        return {**body, "dtype": self.dtype, "saved": self.saved, **extras, "quant_method": self.quant_method.value}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same; diffusers logs it."""

@@ -16,6 +16,7 @@ from diffaccel.quantization.policy import StepPolicy
 from diffaccel.quantization.register import register
 from diffaccel.quantization.saved import describe
 from diffaccel.quantization.section import Quantize
+from diffaccel.reshape import reshape, shape_of
 
 
 class DiffAccelQuantizer(DiffusersQuantizer):
@@ -32,18 +33,24 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         )
 
     @property
+    def _only_pruned(self) -> bool:
+        """The checkpoint is in full precision, with layers of other sizes than its config says."""
+        return bool(self.quantization_config.shape) and not self.quantization_config.saved
+
+    @property
     def is_serializable(self) -> bool:
         return True
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return self._only_pruned
 
     @property
     def is_compileable(self) -> bool:
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        reshape(model, self.quantization_config.shape)
         self._loading.begin(model)
 
     def check_if_quantized_param(
@@ -70,6 +77,9 @@ class DiffAccelQuantizer(DiffusersQuantizer):
         self._loading.take(model, param_name, value.to(target_device))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._only_pruned:
+            model.is_quantized = False  # type: ignore[assignment]
+            return model
         self._loading.finish(model)
         return model
 
@@ -86,6 +96,7 @@ def mark_quantized(model: nn.Module, settings: Quantize, policy: StepPolicy | No
         dtype=min(str(layer.weight_dtype).removeprefix("torch.") for layer in layers),
         saved=describe(model, native=policy is not None),
         runtime=None if policy is None else policy.to_dict(),
+        shape=shape_of(model),
     )
     quantizer: Any = DiffAccelQuantizer(config, pre_quantized=True)
     if isinstance(model, ConfigMixin):
