@@ -35,7 +35,8 @@ from diffaccel.quantization.allocation import Allocation, allocate, allocate_in_
 from diffaccel.quantization.eligible import keeps_activations
 from diffaccel.quantization.heatmap import draw
 from diffaccel.quantization.replay import Recorded, Recorder, at_work, errors
-from diffaccel.quantization.sensitivity import Sensitivities, measure
+from diffaccel.quantization.sensitivities import Sensitivities
+from diffaccel.quantization.sensitivity import measure
 
 W4 = Quantize(weights="int4", activations="float", group=64)
 W8A8, W4A8 = Quantize(), Quantize(weights="int4", group=64)

@@ -11,7 +11,8 @@ from zoo_pipelines import PIPELINES
 from diffaccel import Plan, PlanError, Quantize, accelerate
 from diffaccel.quantization.allocation import BUDGETS, Allocation, allocate, allocate_in_groups, ambiguous, closed_form
 from diffaccel.quantization.heatmap import draw
-from diffaccel.quantization.sensitivity import WAYS, Sensitivities, measure, sharpen
+from diffaccel.quantization.sensitivities import Sensitivities, load_sensitivities, regroup, sharpen
+from diffaccel.quantization.sensitivity import WAYS, measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffaccel", "ignore:__array__")
 
@@ -179,3 +180,39 @@ def test_bad_arguments_of_a_measurement():
     for bad in ({"candidates": []}, {"way": "guess"}, {"ranges": 0}):
         with pytest.raises(PlanError, match="measure needs"):
             measure(pipe, **{"candidates": [WIDE], "requests": [], **bad})
+
+
+def test_sensitivities_keep_in_a_file(tmp_path):
+    candidates = (replace(NARROW, balance=0.5, steps=(0.0, 1.0)), WIDE)
+    found = made(candidates=candidates)
+    found.save(tmp_path / "s.safetensors")
+    again = load_sensitivities(tmp_path / "s.safetensors")
+    assert (again.candidates, again.sites, again.ranges, again.roles) == (
+        found.candidates,
+        found.sites,
+        found.ranges,
+        found.roles,
+    )
+    assert torch.equal(allocate(again, budget=6, kind="bits").choice, allocate(found, budget=6, kind="bits").choice)
+    for bad in (b"", b"broken"):
+        (tmp_path / "s.safetensors").write_bytes(bad)
+        with pytest.raises(PlanError, match="measure them again"):
+            load_sensitivities(tmp_path / "s.safetensors")
+    with pytest.raises(PlanError, match="measure them again"):
+        load_sensitivities(tmp_path / "missing")
+
+
+def test_ranges_that_are_put_together_cost_and_lose_the_same():
+    fine = made(ranges=4)
+    coarse = regroup(fine, 2)
+    assert coarse.ranges == ((0.0, 0.5), (0.5, 1.0))
+    for chosen in every(regroup(made(sites=2, ranges=4), 2)):
+        s = made(sites=2, ranges=4)
+        same = Allocation(s, chosen.choice.repeat_interleave(2, 1))
+        assert same.error == pytest.approx(chosen.error) and same.cost("bits") == pytest.approx(chosen.cost("bits"))
+    best, free = allocate(coarse, budget=6, kind="bits").error, allocate(fine, budget=6, kind="bits").error
+    assert free <= best <= allocate(regroup(fine, 1), budget=6, kind="bits").error
+    with pytest.raises(PlanError, match="4 ranges"):
+        regroup(fine, 3)
+    with pytest.raises(PlanError, match="cannot become 0"):
+        regroup(fine, 0)

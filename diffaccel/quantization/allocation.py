@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffaccel.errors import PlanError
 from diffaccel.quantization.section import Quantize
-from diffaccel.quantization.sensitivity import Sensitivities
+from diffaccel.quantization.sensitivities import Sensitivities
 from diffaccel.sites import SitePattern
 
 BUDGETS = ("bytes", "bits", "operations", "seconds")

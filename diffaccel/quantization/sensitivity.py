@@ -31,48 +31,13 @@ from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.replay import Recorded, Recorder, at_work, errors
 from diffaccel.quantization.schedule import Schedule, Steps
 from diffaccel.quantization.section import Quantize
+from diffaccel.quantization.sensitivities import Sensitivities
 from diffaccel.technique import Context
 
 WAYS = ("local", "scaled", "full")
 _ROWS = 512
 """Tokens of a site's input that its local error is taken from."""
 Advance = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sensitivities:
-    """What `measure` found. Errors are energies relative to the output's.
-
-    Args:
-        sites: full names. roles: what they are for. weights: elements of each.
-        candidates: from coarse to fine, without sites and steps of their own.
-        ranges: of progress, adjoining.
-        error: of the denoiser's output, float64 [sites, candidates, ranges].
-        text: of what the text changes in it, likewise; NaN where that cannot be told.
-        shows: how much an error in each range shows in the final latents, [ranges].
-        bytes: stored, [sites, candidates]. before: bytes of the weights as they were, [sites].
-        macs: multiplications of one call, [sites].
-        seconds: of the linear at one call's tokens, [sites, candidates].
-    """
-
-    sites: tuple[str, ...]
-    roles: tuple[str, ...]
-    weights: Tensor
-    candidates: tuple[Quantize, ...]
-    ranges: tuple[Steps, ...]
-    error: Tensor
-    text: Tensor
-    shows: Tensor
-    bytes: Tensor
-    before: Tensor
-    macs: Tensor
-    seconds: Tensor
-    way: str = "scaled"
-
-    @property
-    def lengths(self) -> Tensor:
-        """Share of the steps in each range, [ranges]."""
-        return torch.tensor([b - a for a, b in self.ranges], dtype=torch.float64)
 
 
 @dataclass
@@ -83,22 +48,6 @@ class _Local:
     energy: Tensor
     macs: float = 0.0
     seconds: list[list[float]] = field(default_factory=list)
-
-
-def sharpen(rough: Sensitivities, exact: Sensitivities) -> Sensitivities:
-    """``rough`` with the errors of the sites that ``exact`` has too.
-
-    Raises:
-        PlanError: the two are of other candidates or ranges.
-    """
-    if rough.ranges != exact.ranges or [c.form() for c in rough.candidates] != [c.form() for c in exact.candidates]:
-        raise PlanError("sensitivities of other candidates or ranges of steps cannot sharpen these; measure them alike")
-    error, text = rough.error.clone(), rough.text.clone()
-    for i, name in enumerate(exact.sites):
-        if name in rough.sites:
-            at = rough.sites.index(name)
-            error[at], text[at] = exact.error[i], exact.text[i]
-    return replace(rough, error=error, text=text)
 
 
 @torch.no_grad()
