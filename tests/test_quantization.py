@@ -347,10 +347,12 @@ def test_weight_is_cheap_to_ask_and_refuses_writes():
     accel = accelerate(model, PLAN)
     layer = model.transformer_blocks[0].attn1.to_q
     assert isinstance(layer, nn.Linear) and layer.weight.shape == original.shape and layer.weight.dtype == torch.float32
+    assert layer.weight.data.shape == original.shape and layer.weight.data.dtype == torch.float32
     assert sqnr([original], [layer.weight + 0]) > 35 and "int8" in repr(layer) and "int8" in repr(layer.weight)
     state = model.state_dict()
     for act in (
-        lambda: layer.weight.data,
+        lambda: layer.weight.data.clone(),
+        lambda: setattr(layer.weight, "data", original),
         lambda: layer.weight.add_(1),
         lambda: setattr(layer, "weight", nn.Parameter(original)),
         lambda: model.load_state_dict(state),

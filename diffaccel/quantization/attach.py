@@ -17,7 +17,7 @@ from diffaccel.errors import PlanError
 from diffaccel.kernels._candidates import choices
 from diffaccel.originals import Originals, Parked
 from diffaccel.quantization.channels import channels_of
-from diffaccel.quantization.eligible import form_at, parameter_users, refuse_group_offload, why_not
+from diffaccel.quantization.eligible import form_at, parameter_users, refuse_fused_lora, refuse_group_offload, why_not
 from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
 from diffaccel.quantization.linear import become_plain, become_quantized
 from diffaccel.quantization.policy import PolicyPhase, StepPolicy, policy_of
@@ -27,6 +27,7 @@ from diffaccel.quantization.rotation import block_size
 from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
 from diffaccel.quantization.section import Quantize
+from diffaccel.quantization.static import follow_limits
 from diffaccel.quantization.worth import speedup, typical_tokens
 from diffaccel.report import TechniqueReport
 from diffaccel.root import Compute
@@ -53,6 +54,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
     """
     for denoiser in context.denoisers:
         refuse_group_offload(denoiser)
+        refuse_fused_lora(denoiser)
     users = parameter_users((*context.denoisers, *context.encoders))
     matches: defaultdict[Site, list[tuple[Steps, Form]]] = defaultdict(list)
     skipped: defaultdict[str, list[str]] = defaultdict(list)
@@ -83,12 +85,19 @@ def _check_encoder(section: Quantize, site: Site, context: Context) -> None:
             "first step; give it a section of its own without steps"
         )
     refuse_group_offload(encoder)
+    refuse_fused_lora(encoder)
 
 
 def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
-    if not section.needs_calibration or not isinstance(site.module, nn.Linear):
+    static = form_at(section, site).scheme.activations == "static"
+    if not section.needs_calibration or not (static or isinstance(site.module, nn.Linear)):
         return
     channels = channels_of(context.artefacts, site)
+    if static and (channels is None or not channels.limited):
+        raise PlanError(
+            f"Quantize(activations='static') needs the range of {site.full_name}'s input, which this plan has not; get "
+            "it by plan = diffaccel.calibrate(pipe, plan, prompts=[...]), or use activations='int8'"
+        )
     turned = section.balance is not None and section.rotate and section.first == "rotate"
     if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
         raise PlanError(
@@ -130,6 +139,7 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
         if own:
             handle = network.module.register_load_state_dict_pre_hook(_LoadGuard(own))
             context.undo.callback(handle.remove)
+    follow_limits(layers, context)
     return QuantizedLinears(resolved, context, originals, layers, dict(facts), notes)
 
 
@@ -243,12 +253,14 @@ class QuantizedLinears:
         shapes = {layer.weight_shape for layer in self._layers.values()}
         sizes = {(f"K{shape[1]}", f"N{shape[0]}") for shape in shapes if len(shape) == 2}
         used = {}
-        for operator in ("int8_linear", "int4_linear", "fp8_linear"):
+        for operator in ("int8_linear", "int8_static_linear", "int4_linear", "fp8_linear"):
             for choice in choices(operator):
                 words = choice.shape.split()
                 if any(K in words and N in words for K, N in sizes):
                     factor = "" if choice.speedup is None else f" {choice.speedup:.2f}x"
-                    prefix = "" if operator == "int8_linear" else f"{operator.split('_')[0]} "
+                    prefix = (
+                        "" if operator == "int8_linear" else f"{operator.removesuffix('_linear').replace('_', ' ')} "
+                    )
                     used[prefix + " ".join(words[1:4])] = f"{choice.name}{factor}"
         convolutions = {f"C{shape[1]}_N{shape[0]}_k{shape[2]}x{shape[3]}" for shape in shapes if len(shape) == 4}
         for choice in choices("int8_conv"):

@@ -35,22 +35,28 @@ def recorders_of(
     sites: dict[Site, None] = {}
     rotated: set[Site] = set()
     text: set[Site] = set()
+    limited: set[Site] = set()
     for section in sections:
         if not section.needs_calibration:
             continue
         for site in select(denoisers, section.sites, "layers", encoders):
-            if not isinstance(site.module, nn.Linear) or why_not(site.module, users) is not None:
+            of_convolutions = section.activations == "static"  # nothing else is measured of them
+            kinds = (nn.Linear, nn.Conv2d) if of_convolutions else nn.Linear
+            if not isinstance(site.module, kinds) or why_not(site.module, users) is not None:
                 continue
             sites[site] = None
             if section.balance is not None and section.rotate and section.first == "rotate":
                 rotated.add(site)
             if section.protect and site.role in _TEXT_ROLES:
                 text.add(site)
+            if section.activations == "static":
+                limited.add(site)
     recorders = {}
     for network in (*denoisers, *encoders):
         own = [site for site in sites if site.component == network.component]
         if own:
-            recorders[network.component] = ChannelRecorder(own, rotated & set(own), text & set(own))
+            mine = set(own)
+            recorders[network.component] = ChannelRecorder(own, rotated & mine, text & mine, limited & mine)
     return recorders
 
 

@@ -111,6 +111,16 @@ def refuse_group_offload(denoiser: Denoiser) -> None:
             )
 
 
+def refuse_fused_lora(denoiser: Denoiser) -> None:
+    """Raise PlanError where a LoRA is fused into a weight and still loaded: unfusing it later would fail halfway."""
+    for name, module in denoiser.module.named_modules():
+        if "base_layer" in module._modules and getattr(module, "merged", False):
+            raise PlanError(
+                f"{denoiser.component}.{name} has a LoRA that is fused and still loaded; call unload_lora_weights(), "
+                "which keeps what is fused, or unfuse_lora(), then quantize"
+            )
+
+
 def parameter_users(denoisers: Sequence[Denoiser]) -> dict[int, list[str]]:
     """id of a parameter -> full names of the places that hold it."""
     users: defaultdict[int, list[str]] = defaultdict(list)

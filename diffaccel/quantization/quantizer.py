@@ -16,6 +16,7 @@ from diffaccel.quantization.policy import StepPolicy
 from diffaccel.quantization.register import register
 from diffaccel.quantization.saved import describe
 from diffaccel.quantization.section import Quantize
+from diffaccel.quantization.state_dict import answer_for_weights
 from diffaccel.reshape import reshape, shape_of
 
 
@@ -81,6 +82,7 @@ class DiffAccelQuantizer(DiffusersQuantizer):
             model.is_quantized = False  # type: ignore[assignment]
             return model
         self._loading.finish(model)
+        answer_for_weights(model)
         return model
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -101,6 +103,7 @@ def mark_quantized(model: nn.Module, settings: Quantize, policy: StepPolicy | No
     quantizer: Any = DiffAccelQuantizer(config, pre_quantized=True)
     if isinstance(model, ConfigMixin):
         model.register_to_config(quantization_config=config)
+        answer_for_weights(model)
     elif hasattr(model, "get_input_embeddings"):  # a text encoder of transformers
         from diffaccel.quantization.encoder_quantizer import EncoderQuantizer
 

@@ -33,7 +33,8 @@ def plain(qweight: Tensor) -> Tensor:
 class QuantizedWeight(Tensor):
     """Costs nothing to ask for its shape, dtype or device; any operation on it works on the dequantised values.
 
-    Writing to it would be lost, so in-place operations and ``.data`` (how LoRA and qkv fusing write) are refused.
+    Writing to it would be lost, so in-place operations are refused, and so is all but questions to ``.data`` (by which
+    LoRA and qkv fusing read what they write).
 
     Args:
         values: gives them, in ``dtype``.
@@ -59,7 +60,10 @@ class QuantizedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        raise _refusal("reads or replaces .weight.data")
+        def refuse() -> Tensor:
+            raise _refusal("reads .weight.data")
+
+        return QuantizedWeight(refuse, tuple(self.shape), self.dtype, self.device, self._stored)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -86,5 +90,6 @@ class QuantizedWeight(Tensor):
 def _refusal(what: str) -> PlanError:
     return PlanError(
         f"something {what} of a linear that diffaccel quantized, as fusing does (fuse_lora, fuse_qkv_projections): the "
-        "change would be lost. Call remove() on the acceleration, fuse, then accelerate again"
+        "change would be lost. Call remove() on the acceleration (after bake(): load the model anew), fuse, then "
+        "accelerate again; a LoRA that is loaded without fusing runs beside the quantized weight"
     )
