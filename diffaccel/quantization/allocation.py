@@ -28,7 +28,7 @@ from torch import Tensor
 
 from diffaccel.errors import PlanError
 from diffaccel.quantization.section import Quantize
-from diffaccel.quantization.sensitivities import Sensitivities
+from diffaccel.quantization.sensitivities import Sensitivities, subset
 from diffaccel.sites import SitePattern
 
 BUDGETS = ("bytes", "bits", "operations", "seconds")
@@ -154,7 +154,7 @@ def allocate_in_groups(
     rest = bits * (1 + r) / (ratio * r + 1)
     choice = torch.zeros(len(s.sites), len(s.ranges), dtype=torch.int64)
     for mask, share, error in ((first, ratio * rest, s.text.where(~s.text.isnan(), s.error)), (~first, rest, s.error)):
-        part = _subset(s, mask)
+        part = subset(s, mask)
         choice[mask] = _solve(part, _objective(part, error[mask]), {"bits": share}, constant=False)
     return Allocation(s, choice)
 
@@ -185,7 +185,6 @@ def closed_form(sensitivities: Sensitivities, *, bits: float) -> Allocation:
 
 
 def _at(candidate: Quantize, sites: str, steps: tuple[float, float]) -> Quantize:
-
     return replace(candidate, sites=sites, steps=steps)
 
 
@@ -232,18 +231,6 @@ def _stored(s: Sensitivities, choice: Tensor) -> Tensor:
         sizes = torch.where(mine, s.bytes, 0.0)
         total += sizes.gather(1, choice).amax(1)
     return total
-
-
-def _subset(s: Sensitivities, mask: Tensor) -> Sensitivities:
-
-    keep = mask.tolist()
-    tensors = ("weights", "error", "text", "bytes", "before", "macs", "seconds")
-    return replace(
-        s,
-        sites=tuple(x for x, k in zip(s.sites, keep, strict=True) if k),
-        roles=tuple(x for x, k in zip(s.roles, keep, strict=True) if k),
-        **{name: getattr(s, name)[mask] for name in tensors},
-    )
 
 
 def _solve(s: Sensitivities, objective: Tensor, budgets: Mapping[str, float], *, constant: bool) -> Tensor:

@@ -119,3 +119,15 @@ def regroup(fine: Sensitivities, ranges: int) -> Sensitivities:
 
     parts = tuple((fine.ranges[i * each][0], fine.ranges[(i + 1) * each - 1][1]) for i in range(ranges))
     return replace(fine, ranges=parts, error=merged(fine.error), text=merged(fine.text), shows=shows)
+
+
+def subset(s: Sensitivities, mask: Tensor) -> Sensitivities:
+    """``s`` of some of its sites, bool [sites]."""
+    keep = mask.tolist()
+    by_site = [name for name in _TENSORS if name != "shows"]
+    return replace(
+        s,
+        sites=tuple(x for x, k in zip(s.sites, keep, strict=True) if k),
+        roles=tuple(x for x, k in zip(s.roles, keep, strict=True) if k),
+        **{name: getattr(s, name)[mask] for name in by_site},
+    )
