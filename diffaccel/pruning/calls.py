@@ -76,8 +76,11 @@ def record(
     return found
 
 
-def run_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
-    """One call with its noise fixed, latents as output where the pipeline offers that, and without a progress bar."""
+def run_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int, call: Callable[..., Any] | None = None) -> Any:
+    """One call with its noise fixed, latents as output where the pipeline offers that, and without a progress bar.
+
+    ``call`` is what is called; by default the pipeline itself.
+    """
     takes = inspect.signature(pipe.__call__).parameters
     arguments = dict(arguments)
     if "generator" in takes and "generator" not in arguments:
@@ -87,7 +90,7 @@ def run_pipeline(pipe: Any, arguments: Mapping[str, Any], seed: int) -> Any:
     own = pipe.__dict__.get("_progress_bar_config")
     pipe._progress_bar_config = {**(own or {}), "disable": True}
     try:
-        return pipe(**arguments)
+        return (call or pipe)(**arguments)
     finally:
         pipe.__dict__.pop("_progress_bar_config")
         if own is not None:

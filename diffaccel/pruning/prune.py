@@ -94,9 +94,13 @@ def prune(
         if section.method == "ecodiff":
             from diffaccel.pruning.ecodiff import EcoDiff, learn
 
-            scores = learn(model, denoiser, groups, requests, call, settings or EcoDiff(), folder, notify)
-            scores = {g.key: scores[g.key].sigmoid() * costs.each[g.key] for g in groups}
-            kept = decide(scores)
+            uncut = sum(costs.each[g.key] * g.units for g in groups)
+            logits = learn(
+                *(model, denoiser, groups, requests, call, settings or EcoDiff(), folder, notify),
+                target=1 - section.ratio * costs.total / uncut,
+                each=costs.each,
+            )
+            kept = decide({g.key: logits[g.key].sigmoid() * costs.each[g.key] for g in groups})
         elif section.method == "evolution":
             from diffaccel.pruning.evolution import evolve
 
