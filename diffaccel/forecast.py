@@ -58,6 +58,11 @@ class Forecast:
         kept = [v for _, outputs in self._history for v in outputs] + (self._inputs if self._kind == "residual" else [])
         return sum(x.nbytes for x in kept)
 
+    def needs(self, outputs: list[Tensor]) -> int:
+        """Bytes that will be kept at most, given a call's outputs."""
+        per_call = sum(v.nbytes for v in outputs)
+        return per_call * (_DEPTH[self._kind] + (self._kind == "residual"))  # an input of each output's size
+
     def record(self, inputs: list[Tensor], output: Any, at: float) -> bool:
         """Remember a computed call at timestep ``at``; ``inputs`` are kept and must not change.
 

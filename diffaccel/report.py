@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
+
+from diffaccel.timeline import drawn, plot_rows
 
 
 @dataclass
@@ -58,6 +61,20 @@ class Report:
             },
         }
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write the timeline of the last run as a picture: for each denoiser what was computed at which step.
+
+        Raises:
+            InputError: no technique here skips anything, no run was made, or ``path`` cannot be written.
+        """
+        rows = [
+            (f"{component} {row}" if len(self.denoisers) > 1 else row, t.technique, marks)
+            for t in self.techniques
+            for component, lines in t.facts.get("timeline", {}).items()
+            for row, marks in lines.items()
+        ]
+        plot_rows(rows, path)
+
     def __str__(self) -> str:
         names = ", ".join(f"{c} ({n})" for c, n in self.denoisers.items())
         lines = [f"plan {self.plan} on {names}"]
@@ -66,9 +83,11 @@ class Report:
                 total, median = sum(seconds), sorted(seconds)[len(seconds) // 2]
                 lines.append(f"  {component}: {len(seconds)} calls, {total:.2f} s, median {median * 1e3:.1f} ms")
         for t in self.techniques:
-            facts = "; ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in t.facts.items())
+            facts = "; ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in t.facts.items() if k != "timeline")
             lines.append(f"  {t.technique}: {t.settings}")
             lines.append(f"    {t.sites} site{'s' if t.sites != 1 else ''}{'; ' + facts if facts else ''}")
+            for component, rows in t.facts.get("timeline", {}).items():
+                lines += [f"    {line}" for line in drawn(component, rows)]
             lines += [f"    note: {note}" for note in t.notes]
         if not self.techniques:
             lines.append("  nothing applied")

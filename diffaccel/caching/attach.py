@@ -7,15 +7,22 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from diffaccel.caching.allowance import Allowance
 from diffaccel.caching.decisions import Decisions, noise_level
+from diffaccel.caching.deep import Deep
+from diffaccel.caching.memory import Part
+from diffaccel.caching.modules import chosen
 from diffaccel.caching.ratios import Ratios, ratios_of
 from diffaccel.caching.root import CachedRoot
 from diffaccel.caching.section import StepCache
+from diffaccel.caching.sites import Sites, group_of
 from diffaccel.caching.stack import Stack
 from diffaccel.caching.trajectory import Trajectories, trajectories_of
+from diffaccel.denoiser import Denoiser, Site
 from diffaccel.errors import PlanError
 from diffaccel.report import TechniqueReport
 from diffaccel.technique import Context
+from diffaccel.timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Resolved:
     section: StepCache
     ratios: Mapping[str, Mapping[str, Ratios]]
     trajectories: Mapping[str, Trajectories]
+    sites: Mapping[str, Sequence[Site]]
 
 
 def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
@@ -41,7 +49,7 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
                 f"{denoiser.component} already has a cache of diffusers ({other}), and two caches would skip twice; "
                 f"take it off (pipe.{denoiser.component}.disable_cache()) or leave caching out of the plan"
             )
-        if denoiser.blocks and section.front + section.back >= len(denoiser.blocks):
+        if section.granularity == "stack" and denoiser.blocks and section.front + section.back >= len(denoiser.blocks):
             raise PlanError(
                 f"StepCache.front={section.front} and back={section.back} leave none of the {len(denoiser.blocks)} "
                 f"blocks of {denoiser.component} to skip"
@@ -59,17 +67,21 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
             f"StepCache(policy={section.policy!r}, forecast={section.forecast!r}) needs calibrated trajectories, which "
             "this plan has none of; get them by plan = diffaccel.calibrate(pipe, plan, prompts=['two or three'])"
         )
-    return Resolved(section, ratios, trajectories)
+    sites = chosen(context.denoisers, section.sites) if section.granularity == "sites" else {}
+    if section.granularity == "deep":
+        for denoiser in context.denoisers:
+            Deep(denoiser, section.back, section.forecast)  # refuses what is no UNet
+    return Resolved(section, ratios, trajectories, sites)
 
 
 def attach(resolved: Resolved, context: Context) -> AttachedCache:
     """Put a cache on every denoiser's root."""
     section, caches = resolved.section, {}
+    allowance = Allowance(section.memory)
     for denoiser in context.denoisers:
-        stack = None
-        if section.granularity == "stack":
-            stack = Stack(denoiser, section.front, section.back, section.forecast)
-            stack.install(context)
+        part = _part(denoiser, section, resolved)
+        if part is not None:
+            part.install(context)
         known, name = resolved.trajectories, denoiser.component
         decisions = Decisions(
             section,
@@ -79,43 +91,65 @@ def attach(resolved: Resolved, context: Context) -> AttachedCache:
             known.get(name),
             [other for component, other in known.items() if component != name],
         )
-        cache = CachedRoot(section, decisions, stack)
+        cache = CachedRoot(section, decisions, part, allowance)
         wrappers = context.root(denoiser).wrappers
         context.undo.callback(wrappers.remove, cache)
         wrappers.append(cache)
         caches[denoiser.component] = cache
-    return AttachedCache(section, caches)
+    return AttachedCache(section, caches, allowance)
+
+
+def _part(denoiser: Denoiser, section: StepCache, resolved: Resolved) -> Part | None:
+    """What is skipped in place of whole calls."""
+    if section.granularity == "stack":
+        return Stack(denoiser, section.front, section.back, section.forecast)
+    if section.granularity == "deep":
+        return Deep(denoiser, section.back, section.forecast)
+    if section.granularity == "sites":
+        sites = resolved.sites.get(denoiser.component, ())
+        rules = section.intervals()
+        groups = [group_of(site, rules) if section.policy == "interval" else "" for site in sites]
+        return Sites(sites, groups, section.forecast)
+    return None
 
 
 class AttachedCache:
     """Step caching at work."""
 
-    def __init__(self, section: StepCache, caches: Mapping[str, CachedRoot]) -> None:
+    def __init__(self, section: StepCache, caches: Mapping[str, CachedRoot], allowance: Allowance) -> None:
         self._section = section
+        self._allowance = allowance
         self._caches = caches
 
     def report(self) -> TechniqueReport:
         s = self._section
         several = len(self._caches) > 1
+        refused = []
+        if self._allowance.refused:
+            refused = [
+                f"memory={self._allowance.limit} bytes left no room for {self._allowance.refused} more: what those "
+                "would have held is computed on every step"
+            ]
         expected = {name: c.expected_psnr for name, c in self._caches.items() if c.expected_psnr is not None}
         return TechniqueReport(
             "caching",
-            f"policy {s.policy}, {_budget(s)}, forecast {s.forecast}"
-            + (
-                f", in the block stack ({s.front} blocks before it, {s.back} behind)"
-                if s.granularity == "stack"
-                else ""
-            ),
+            f"policy {s.policy}, {_budget(s)}, forecast {s.forecast}" + _where(s),
             sites=len(self._caches),
             facts={
                 "policy": s.policy,
                 "computed": sum(c.computed for c in self._caches.values()),
                 "reused": sum(c.reused for c in self._caches.values()),
                 "cache_bytes": sum(c.nbytes for c in self._caches.values()),
-                "steps_computed": {name: c.computed_steps for name, c in self._caches.items()},  # of the last run
+                "steps_computed": {name: _computed(c.timeline) for name, c in self._caches.items()},  # of the last run
+                "timeline": {name: c.timeline.to_dict() for name, c in self._caches.items()},
+                **(
+                    {}
+                    if s.granularity == "root" and s.memory is None
+                    else {"cache_bytes_granted": self._allowance.taken}
+                ),
                 **({"expected_psnr": expected} if expected else {}),
             },
-            notes=[f"{name}: {n}" if several else n for name, c in self._caches.items() for n in c.notes],
+            notes=[f"{name}: {n}" if several else n for name, c in self._caches.items() for n in c.notes] + refused,
         )
 
     def bake(self) -> None:
@@ -126,6 +160,23 @@ def _budget(section: StepCache) -> str:
     if section.psnr is not None:
         return f"{section.psnr:g} dB"
     return f"{section.share:.0%} of the steps" if section.share is not None else f"threshold {section.threshold:g}"
+
+
+def _where(section: StepCache) -> str:
+    if section.granularity == "stack":
+        return f", in the block stack ({section.front} blocks before it, {section.back} behind)"
+    if section.granularity == "deep":
+        return f", below the last {section.back} up layers"
+    return f", of the modules {section.sites!r}" if section.granularity == "sites" else ""
+
+
+def _computed(timeline: Timeline) -> list[int] | dict[str, list[int]]:
+    """Steps that were computed: in any branch; by group of modules where there are several."""
+    found: dict[str, set[int]] = {}
+    for row, steps in timeline.computed().items():
+        found.setdefault(row.partition(" ")[2], set()).update(steps)
+    by_group = {group: sorted(steps) for group, steps in found.items()}
+    return by_group.get("", []) if set(by_group) <= {""} else by_group
 
 
 def _other_cache(module: nn.Module) -> str | None:

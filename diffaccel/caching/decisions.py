@@ -40,8 +40,13 @@ class Decisions:
         self.chosen: Chosen | None = None
         """The schedule of the last run, where the policy makes one."""
 
-    def policy(self, call: Call) -> tuple[Policy, str | None]:
-        """The policy of the call's branch in a new run, and what a user should know about it."""
+    def most(self, group: str) -> int:
+        """The most skips in a row of a group."""
+        every = self._section.intervals().get(group)
+        return self._section.max_skips if every is None else every - 1
+
+    def policy(self, call: Call, group: str) -> tuple[Policy, str | None]:
+        """The policy of a group in the call's branch in a new run, and what a user should know about it."""
         section = self._section
         if section.policy == "easy":
             return EasyCache(section.threshold), None

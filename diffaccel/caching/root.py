@@ -1,21 +1,24 @@
-"""Step caching around a denoiser's calls: one decision per step, one memory per branch."""
+"""Step caching around a denoiser's calls: one decision per step and group of parts, one memory per branch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from diffaccel.caching.allowance import Allowance
 from diffaccel.caching.decisions import Decisions
-from diffaccel.caching.memory import Memory, RootMemory, StackMemory
+from diffaccel.caching.memory import Memory, Part, RootMemory, Skip, memory_of
 from diffaccel.caching.policies import Policy
 from diffaccel.caching.section import StepCache
-from diffaccel.caching.stack import Ask, Stack
+from diffaccel.caching.sites import Sites
 from diffaccel.clock import Call
 from diffaccel.latents import latent_tensors
 from diffaccel.root import Compute
+from diffaccel.timeline import Timeline
 
 
 class CachedRoot:
@@ -26,25 +29,30 @@ class CachedRoot:
     also where it takes over in the middle of a trajectory (Wan 2.2).
 
     Args:
-        stack: the blocks that are skipped; None: whole calls are.
+        part: what is skipped; None: whole calls are.
+        allowance: of bytes to keep, shared with the pipeline's other denoisers.
     """
 
-    def __init__(self, section: StepCache, decisions: Decisions, stack: Stack | None = None) -> None:
+    def __init__(
+        self, section: StepCache, decisions: Decisions, part: Part | None = None, allowance: Allowance | None = None
+    ) -> None:
         self._section = section
         self._decisions = decisions
-        self._stack = stack
+        self._part = part
+        self._groups = part.groups if isinstance(part, Sites) else ("",)
+        self._allowance = allowance or Allowance()
         self._notes: dict[str, None] = {}  # a set in order
         self._idle: str | None = None  # why the last run was left alone
         self.computed = self.reused = self.nbytes = 0
-        self.computed_steps: list[int] = []
+        self.timeline = Timeline()
         self._begin(None)
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know; why a run was left alone holds for the last run, as ``computed_steps`` does."""
-        refusal = self._stack.refusal if self._stack else None
+        """What a user should know; why a run was left alone holds for the last run, as the timeline does."""
+        refusal = None if self._part is None or isinstance(self._part, Sites) else self._part.refusal
         instead = "nothing is skipped" if self._section.looks_inside else "whole calls are skipped instead"
-        refused = [f"the block stack is left alone, {instead}: {refusal}"] if refusal else []
+        refused = [f"the {_PARTS[self._section.granularity]} is left alone, {instead}: {refusal}"] if refusal else []
         return [*self._notes, *refused, *([self._idle] if self._idle else [])]
 
     @property
@@ -56,52 +64,60 @@ class CachedRoot:
     def _begin(self, run: int | None) -> None:
         self._run = run
         self._step = -1
-        self._skip = False
-        self._skips: dict[str, int] = {}  # consecutive ones, by branch
+        self._skip: dict[str, bool] = {}
+        self._skips: dict[str, int] = {}  # consecutive ones, by group; by branch where each decides for itself
         self._memories: dict[str, Memory] = {}
-        self._policies: dict[str, Policy] = {}
+        self._policies: dict[tuple[str, str], Policy] = {}
+        self._allowance.give_back(self)
 
     def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
         if call.run != self._run or call.step < self._step:
             self._begin(call.run)
-            self.computed_steps = []
+            self.timeline = Timeline()
             self._idle = None
         latents = latent_tensors(arguments)
         if reason := self._never(call, latents):
             self._idle = reason
             output = self._guarded(compute)
-            self._count(call, skipped=False)
+            self._count(call, dict.fromkeys(self._groups, False))
             return output
         copies = self._section.policy == "easy" or self._section.forecast == "residual"
         inputs = [x.detach().clone() for x in latents] if copies else latents
         at = call.timestep if call.timestep is not None else float(call.step)
-        memory = self._memories.get(call.branch)
-        if memory is None or not memory.fits(inputs):  # new, or another size in the middle of a run
-            in_stack = self._stack is not None and self._stack.refusal is None
-            memory = (
-                StackMemory(self._stack)  # type: ignore[arg-type]
-                if in_stack
-                else RootMemory(self._section.forecast, self._decisions.slope(call.branch))
-            )
-            self._memories[call.branch] = memory
-            self._policies.pop(call.branch, None)
+        memory = self._memory(call, inputs)
         if self._section.looks_inside:
             return self._asked(call, memory, inputs, at, compute)
-        policy = None
+        policies: dict[str, Policy] = {}
         if call.step != self._step:
             self._step = call.step
-            policy = self._policy(call)
-            policy.look(inputs, at, call.step)
-            self._skip = not memory.empty and self._free(call, "") and policy.skip()
-            self._skips[""] = self._skips.get("", 0) + 1 if self._skip else 0
-        output, skipped = self._made(call, memory, inputs, at, compute, self._skip and not memory.empty)
-        if not skipped and policy is not None and not memory.empty:
-            policy.learn(memory.copies(output))
+            for group in self._groups:
+                policy = policies[group] = self._policy(call, group)
+                policy.look(inputs, at, call.step)
+                self._skip[group] = not memory.empty and self._free(call, group) and policy.skip()
+                self._skips[group] = self._skips.get(group, 0) + 1 if self._skip[group] else 0
+        skip = {group: self._skip[group] and not memory.empty for group in self._groups}
+        output, _ = self._made(call, memory, inputs, at, compute, skip)
+        if not memory.empty:
+            for group, policy in policies.items():
+                if not skip[group]:
+                    policy.learn(memory.copies(output))
         return output
+
+    def _memory(self, call: Call, inputs: list[Tensor]) -> Memory:
+        """That of the call's branch; a fresh one where there is none, or for another size in the middle of a run."""
+        memory = self._memories.get(call.branch)
+        if memory is None or not memory.fits(inputs):
+            self._allowance.give_back(self, call.branch)
+            allow = partial(self._allowance.take, self, call.branch)
+            slope = self._decisions.slope(call.branch)
+            memory = self._memories[call.branch] = memory_of(self._part, self._section.forecast, slope, allow)
+            for group in self._groups:
+                self._policies.pop((call.branch, group), None)
+        return memory
 
     def _asked(self, call: Call, memory: Memory, inputs: list[Tensor], at: float, compute: Compute) -> Any:
         """A call in which the policy decides after the front blocks, by what they added; each branch for itself."""
-        policy, free = self._policy(call), not memory.empty and self._free(call, call.branch)
+        policy, free = self._policy(call, ""), not memory.empty and self._free(call, call.branch)
 
         def ask(added: list[Tensor]) -> bool:
             policy.look(added, at, call.step)
@@ -115,13 +131,13 @@ class CachedRoot:
         return output
 
     def _made(
-        self, call: Call, memory: Memory, inputs: list[Tensor], at: float, compute: Compute, skip: bool | Ask
+        self, call: Call, memory: Memory, inputs: list[Tensor], at: float, compute: Compute, skip: Skip
     ) -> tuple[Any, bool]:
         """The output, and whether the call was skipped; counted."""
         output, skipped = self._guarded(lambda: memory.run(inputs, at, compute, skip))
-        self._count(call, skipped)
+        self._count(call, {"": skipped} if callable(skip) else skip)
         self.nbytes = max(self.nbytes, sum(m.nbytes for m in self._memories.values()))
-        if not skipped and memory.empty and isinstance(memory, RootMemory):
+        if not skipped and memory.empty and isinstance(memory, RootMemory) and not self._allowance.refused:
             self._notes["the denoiser's output holds no floating tensor: nothing is cached"] = None
         return output, skipped
 
@@ -132,13 +148,14 @@ class CachedRoot:
             self._begin(None)
             raise
 
-    def _count(self, call: Call, skipped: bool) -> None:
-        if skipped:
-            self.reused += 1
-            return
-        self.computed += 1
-        if self.computed_steps[-1:] != [call.step]:
-            self.computed_steps.append(call.step)
+    def _count(self, call: Call, skipped: Mapping[str, bool]) -> None:
+        whole = all(skipped.values())
+        self.reused += whole
+        self.computed += not whole
+        held = "reused" if self._section.forecast in ("hold", "residual") else "forecast"
+        for group, left_out in skipped.items():
+            row = f"{call.branch} {group}" if group else call.branch
+            self.timeline.note(call.step, row, held if left_out else "computed", call.steps)
 
     def _never(self, call: Call, latents: list[Tensor]) -> str | None:
         """Why no call of this run can be skipped, or None."""
@@ -152,18 +169,22 @@ class CachedRoot:
             )
         return None
 
-    def _free(self, call: Call, branch: str) -> bool:
-        """Whether the plan lets this step be skipped; "" counts the skips of all branches together."""
+    def _free(self, call: Call, counted: str) -> bool:
+        """Whether the plan lets this step be skipped; ``counted``: whose skips in a row are limited."""
         s = self._section
-        if self._skips.get(branch, 0) >= s.max_skips:
+        if self._skips.get(counted, 0) >= self._decisions.most(counted):
             return False
         if call.steps is None:
             return call.progress >= s.protect_first
-        return math.ceil(s.protect_first * call.steps) <= call.step < call.steps - s.protect_last
+        return not s.is_protected(call.step, call.steps)
 
-    def _policy(self, call: Call) -> Policy:
-        if call.branch not in self._policies:
-            self._policies[call.branch], note = self._decisions.policy(call)
+    def _policy(self, call: Call, group: str) -> Policy:
+        key = (call.branch, group)
+        if key not in self._policies:
+            self._policies[key], note = self._decisions.policy(call, group)
             if note:
                 self._notes[note] = None
-        return self._policies[call.branch]
+        return self._policies[key]
+
+
+_PARTS = {"stack": "block stack", "deep": "deep part"}

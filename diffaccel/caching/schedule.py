@@ -60,9 +60,7 @@ class Scheduler:
         """The best schedule for each possible number of computed steps, the fewest first."""
         end = len(timesteps) if end is None else end
         n = len(timesteps)
-        protected = set(range(math.ceil(self._section.protect_first * n))) | set(
-            range(n - self._section.protect_last, n)
-        )
+        protected = {step for step in range(n) if self._section.is_protected(step, n)}
         costs = _Costs(self._section.forecast, self._known, timesteps)
         found = _best(costs, begin, end, protected, self._section.max_skips)
         return [Chosen(steps, self._psnr(cost)) for steps, cost in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from diffaccel.plan import Section, section_type
 
 POLICIES = ("easy", "mag", "sea", "first-block", "interval", "schedule")
 FORECASTS = ("hold", "residual", "linear", "quadratic", "trend", "fitted")
-GRANULARITIES = ("root", "stack")
+GRANULARITIES = ("root", "stack", "sites", "deep")
 
 
 @section_type
@@ -26,9 +27,14 @@ class StepCache(Section):
             ``max_skips`` and the protected ones allow) or ``schedule`` (those that cost least by calibrated
             trajectories, after SmoothCache, arXiv:2411.10510; needs `diffaccel.calibrate`; ``psnr`` or ``share`` says
             how many).
-        granularity: what a skip leaves out: ``root``, the whole call, or ``stack``, the repeated blocks; embeddings and
-            the final projection then see the step's own latents and timestep.
-        front: with ``stack``, blocks at the beginning that always run. back: likewise at the end.
+        granularity: what a skip leaves out: ``root``, the whole call; ``stack``, the repeated blocks (embeddings and
+            the final projection then see the step's own latents and timestep); ``sites``, the outputs of single modules
+            (FORA, SmoothCache, PAB); ``deep``, of a UNet all but its outermost layers (DeepCache, arXiv:2312.00858).
+        front: with ``stack``, blocks at the beginning that always run. back: likewise at the end; with ``deep``, up
+            layers at the end that always run, with what feeds them on the way down.
+        sites: with ``sites``, which modules, by the roles ``attn``, ``cross``, ``ff`` and ``block``, or by name.
+        every: with ``sites`` and ``interval``, on every how-manieth step each kind is computed, such as
+            ``"attn=2 *temporal*=3 cross=5"`` (PAB, arXiv:2408.12588); others as ``max_skips`` says.
         forecast: what stands in for the skipped output (of the call, or what the blocks add): ``hold`` (the last
             computed one), ``residual`` (the input plus the last difference of output and input; what EasyCache and
             MagCache do), ``linear`` (the line through the last two over the timestep; after TaylorSeer,
@@ -39,8 +45,9 @@ class StepCache(Section):
             unaccelerated ones. share: or the largest share of steps that are computed.
         threshold: error budget of a run of skipped steps, > 0; higher = faster, further from the original.
         protect_first: share of the schedule at its noisy start that is always computed (at least one step).
-        protect_last: number of last steps that are always computed.
+        protect_last: number of last steps that are always computed; below 1, a share of the schedule.
         max_skips: most consecutive skipped steps.
+        memory: most bytes that are kept for all denoisers together; what does not fit is computed on every step.
         min_steps: schedules with fewer steps are left alone; step-distilled models have nothing to spare.
 
     Raises:
@@ -53,14 +60,17 @@ class StepCache(Section):
     granularity: str = "root"
     front: int = 0
     back: int = 0
+    sites: str = "attn cross ff"
+    every: str = ""
     forecast: str = "trend"
     psnr: float | None = None
     share: float | None = None
     threshold: float = 0.05
     protect_first: float = 0.1
-    protect_last: int = 1
+    protect_last: float = 1
     max_skips: int = 3
     min_steps: int = 9
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("policy", POLICIES)
@@ -68,8 +78,7 @@ class StepCache(Section):
         self._check_choice("granularity", GRANULARITIES)
         self._check_number("front", 0, 1000, whole=True)
         self._check_number("back", 0, 1000, whole=True)
-        if self.granularity == "root" and (self.front or self.back):
-            raise PlanError("StepCache.front and .back are blocks of granularity='stack', got granularity='root'")
+        self._check_granularity()
         if self.looks_inside and (self.granularity != "stack" or not self.front):
             raise PlanError(
                 f"StepCache(policy={self.policy!r}) decides after the first blocks: it needs granularity='stack' and "
@@ -78,9 +87,54 @@ class StepCache(Section):
         self._check_schedule()
         self._check_number("threshold", 0, 100, open_low=True)
         self._check_number("protect_first", 0, 1)
-        self._check_number("protect_last", 0, 1000, whole=True)
+        self._check_number("protect_last", 0, 1000, whole=not self._is_share(self.protect_last))
         self._check_number("max_skips", 1, 1000, whole=True)
         self._check_number("min_steps", 1, 1000, whole=True)
+        if self.memory is not None:
+            self._check_number("memory", 0, 1 << 50, whole=True)
+
+    def _check_granularity(self) -> None:
+        if self.front and self.granularity != "stack":
+            raise PlanError(f"StepCache.front are blocks of granularity='stack', got granularity={self.granularity!r}")
+        if self.back and self.granularity not in ("stack", "deep"):
+            raise PlanError(
+                "StepCache.back are blocks of granularity='stack' or layers of granularity='deep', got "
+                f"granularity={self.granularity!r}"
+            )
+        if self.granularity == "deep" and not self.back:
+            raise PlanError("StepCache(granularity='deep') needs back >= 1: the up layers that always run")
+        self._check_sites(self.sites)
+        if self.every and (self.granularity, self.policy) != ("sites", "interval"):
+            raise PlanError(
+                "StepCache.every belongs to granularity='sites' and policy='interval', got "
+                f"{self.granularity!r} and {self.policy!r}"
+            )
+        if self.granularity == "sites" and self.forecast == "residual":
+            raise PlanError(
+                "StepCache(forecast='residual') is for whole calls; modules have hold, linear, quadratic, trend"
+            )
+        self.intervals()
+
+    def intervals(self) -> dict[str, int]:
+        """``every`` as numbers by glob."""
+        found = {}
+        for word in self.every.split():
+            glob, _, number = word.rpartition("=")
+            if not glob or not number.isdecimal() or int(number) < 1:
+                raise PlanError(
+                    f"StepCache.every={self.every!r}: {word!r} is no glob with a number of steps, such as 'attn=2'"
+                )
+            found[glob] = int(number)
+        return found
+
+    def is_protected(self, step: int, steps: int) -> bool:
+        """Whether a step of a schedule of so many is always computed."""
+        last = self.protect_last * steps if self._is_share(self.protect_last) else self.protect_last
+        return step < math.ceil(self.protect_first * steps) or step >= steps - math.ceil(last)
+
+    @staticmethod
+    def _is_share(value: object) -> bool:
+        return isinstance(value, float) and value < 1
 
     def _check_schedule(self) -> None:
         if (self.psnr is None) + (self.share is None) != (1 if self.policy == "schedule" else 2):
@@ -174,7 +228,45 @@ class StepCache(Section):
         return cls._published("interval", forecast, protect_first=warm_up, max_skips=max(interval - 1, 1))
 
     @classmethod
+    def fora(cls, interval: int = 3) -> StepCache:
+        """FORA: attention and feed-forward outputs on every ``interval``-th step (arXiv:2407.01425)."""
+        return cls._modules("attn cross ff", "hold", max_skips=max(interval - 1, 1))
+
+    @classmethod
+    def taylorseer_full(cls, interval: int = 5, order: int = 1, warm_up: float = 0.1) -> StepCache:
+        """TaylorSeer on every attention and feed-forward, as published; memory for order + 1 outputs of each."""
+        return cls._modules(
+            "attn cross ff",
+            cls.taylorseer(interval, order).forecast,
+            max_skips=max(interval - 1, 1),
+            protect_first=warm_up,
+        )
+
+    @classmethod
+    def pab(cls, spatial: int = 2, temporal: int = 3, cross: int = 5) -> StepCache:
+        """Pyramid Attention Broadcast (arXiv:2408.12588): attention outputs in the middle of the schedule, the kinds
+        that change less on fewer steps."""
+        every = f"attn={spatial} *temporal*={temporal} *motion*={temporal} cross={cross}"
+        return cls._modules("attn cross", "hold", every=every, protect_first=0.2, protect_last=0.1)
+
+    @classmethod
+    def deepcache(cls, interval: int = 3, back: int = 1) -> StepCache:
+        """DeepCache (arXiv:2312.00858): ``back`` is the branch id plus one."""
+        return cls._published("interval", "hold", granularity="deep", back=back, max_skips=max(interval - 1, 1))
+
+    @classmethod
+    def step_rehash(cls, share: float = 0.5, back: int = 3) -> StepCache:
+        """Step Rehash of Streamlined Inference (arXiv:2411.01171): what reaches the last up block (of ``back`` layers)
+        is reused on the steps on which it changes least by measurement; needs `diffaccel.calibrate`."""
+        return cls._published("schedule", "hold", granularity="deep", back=back, share=share, max_skips=4)
+
+    @classmethod
+    def _modules(cls, sites: str, forecast: str, **settings: Any) -> StepCache:
+        """Outputs of modules by fixed intervals."""
+        return cls._published("interval", forecast, granularity="sites", sites=sites, **settings)
+
+    @classmethod
     def _published(cls, policy: str, forecast: str, threshold: float = 1.0, **settings: Any) -> StepCache:
-        """On the stack, with nothing protected that ``settings`` do not name."""
-        freely = {"protect_first": 0.0, "protect_last": 0, "max_skips": 1000, "min_steps": 1}
-        return cls(policy=policy, granularity="stack", forecast=forecast, threshold=threshold, **freely | settings)
+        """On the stack, with nothing protected, unless ``settings`` say otherwise."""
+        freely = {"granularity": "stack", "protect_first": 0.0, "protect_last": 0, "max_skips": 1000, "min_steps": 1}
+        return cls(policy=policy, forecast=forecast, threshold=threshold, **freely | settings)

@@ -17,6 +17,7 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
+from diffaccel.caching.allowance import Allow
 from diffaccel.caching.stack_layout import StackLayout, StackObserver, streams_of
 from diffaccel.denoiser import Denoiser
 from diffaccel.forecast import Forecast
@@ -35,6 +36,7 @@ class _Call:
     residuals: dict[int, Forecast]  # by the first position of a span; of this call's branch
     at: float
     skip: bool | Ask
+    allow: Allow
     position: int = 0
     entered: dict[str, Tensor] = field(default_factory=dict)  # copies of the streams where the span at hand began
     before: Tensor | None = None  # likewise of the image tokens, where the front's list began
@@ -72,17 +74,25 @@ class Stack:
         """Whether ``residuals`` suffice to skip a call."""
         return self._layout is not None and all(span.first in residuals for span in self._layout.spans)
 
-    def call(self, residuals: dict[int, Forecast], at: float, skip: bool | Ask, compute: Callable[[], Any]) -> Any:
+    def call(
+        self,
+        residuals: dict[int, Forecast],
+        at: float,
+        skip: bool | Ask,
+        allow: Allow,
+        compute: Callable[[], Any],
+    ) -> Any:
         """Run the denoiser with its blocks, or without those that can be skipped.
 
         Args:
             residuals: the memory of the call's branch.
             skip: True, False, or a function that decides after the front blocks. True needs `covered`.
+            allow: whether so many bytes may be kept.
 
         Returns:
             The denoiser's output, and whether blocks were skipped.
         """
-        self._call = _Call(residuals, at, skip)
+        self._call = _Call(residuals, at, skip, allow)
         try:
             output = compute()
             if self._observer is not None:
@@ -128,7 +138,10 @@ class Stack:
         call.passed = streams_of(output)
         if position == span.last:
             added = {key: v.detach() - call.entered[key] for key, v in call.passed.items()}
-            call.residuals.setdefault(span.first, Forecast(self._forecast)).record([], added, call.at)
+            residual = call.residuals.get(span.first) or Forecast(self._forecast)
+            if span.first in call.residuals or call.allow(span.first, residual.needs(list(added.values()))):
+                call.residuals[span.first] = residual
+                residual.record([], added, call.at)
             call.entered = {}
         return output
 

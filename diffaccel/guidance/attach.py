@@ -17,6 +17,7 @@ from diffaccel.plan import in_steps
 from diffaccel.report import TechniqueReport
 from diffaccel.root import Compute
 from diffaccel.technique import Context
+from diffaccel.timeline import Timeline
 
 
 def resolve(sections: Sequence[GuidanceReuse], context: Context) -> GuidanceReuse:
@@ -52,6 +53,7 @@ class ReusedGuidance:
         self._cuts: dict[tuple[torch.Size, ...], halves.Cut | None] = {}
         self.computed = self.reused = 0
         self.notes: dict[str, None] = {}
+        self.timeline = Timeline()
         self._begin(None)
 
     def _begin(self, run: int | None) -> None:
@@ -67,6 +69,7 @@ class ReusedGuidance:
     def __call__(self, call: Call, arguments: Mapping[str, Any], compute: Compute) -> Any:
         if call.run != self._run or call.step < self._step:
             self._begin(call.run)
+            self.timeline = Timeline()
         first, self._step = self._step < 0, call.step
         try:
             if call.branch == "uncond":
@@ -92,7 +95,7 @@ class ReusedGuidance:
             return compute()
         cond = self._cond[1]
         if self._may_leave_out(call) and self._template is not None:
-            self._count(reused=True)
+            self._count(call, reused=True)
             return output_like(self._template, self._without(cond, call))
         output = compute()
         self._template = output
@@ -107,7 +110,7 @@ class ReusedGuidance:
         if cut is not None and self._may_leave_out(call):
             output = compute(cut)
             second = output_tensors(output)
-            self._count(reused=True)
+            self._count(call, reused=True)
             return halves.joined(output, self._without(second, call), second)
         output = compute()
         if shapes not in self._cuts and in_steps(call.progress, self._section.steps):
@@ -134,12 +137,14 @@ class ReusedGuidance:
         return [(v.float() - d).to(v.dtype) for v, d in zip(cond, differences, strict=True)]
 
     def _learn(self, cond: list[Tensor], uncond: list[Tensor], call: Call) -> None:
-        self._count(reused=False)
+        self._count(call, reused=False)
         if self._section.forecast != "zero":
             difference = [a.float() - b.float() for a, b in zip(cond, uncond, strict=True)]
             self._difference.record([], difference, _time(call))
 
-    def _count(self, *, reused: bool) -> None:
+    def _count(self, call: Call, *, reused: bool) -> None:
+        held = "reused" if self._section.forecast in ("hold", "zero") else "forecast"
+        self.timeline.note(call.step, "without prompt", held if reused else "computed", call.steps)
         self._since = self._since + 1 if reused else 0
         self.reused += reused
         self.computed += not reused
@@ -169,6 +174,7 @@ class AttachedGuidance:
             facts={
                 "uncond_computed": sum(r.computed for _, r in parts),
                 "uncond_reused": sum(r.reused for _, r in parts),
+                "timeline": {name: rows for name, r in parts if (rows := r.timeline.to_dict())},
             },
             notes=notes,
         )

@@ -43,7 +43,7 @@ class GuidanceReuse(Section):
     def conflict(self, plan: Plan) -> str | None:
         if getattr(plan.caching, "granularity", "root") != "root":
             return (
-                "GuidanceReuse halves the batch of some calls, and what StepCache(granularity='stack') keeps of the "
-                "blocks is for one batch size; use granularity='root'"
+                f"GuidanceReuse halves the batch of some calls, and what StepCache(granularity="
+                f"{plan.caching.granularity!r}) keeps is for one batch size; use granularity='root'"
             )
         return None
