@@ -18,6 +18,7 @@ if _find_spec("diffaccel.kernels") is None:
 
 from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
+from diffaccel.distillation.settings import Distillation
 from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
 from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Plan
@@ -29,8 +30,10 @@ from diffaccel.tuning.budget import Budget
 if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
     from diffaccel.calibration import calibrate
+    from diffaccel.distillation.distill import distill
     from diffaccel.pruning.prune import prune
     from diffaccel.quantization.config import DiffAccelConfig
+    from diffaccel.quantization.reconstruct import learn_rounding
     from diffaccel.quantizing import quantize
     from diffaccel.tuning.tune import tune
 
@@ -40,6 +43,7 @@ __all__ = [
     "Budget",
     "DiffAccelConfig",
     "DiffAccelError",
+    "Distillation",
     "GuidanceReuse",
     "InputError",
     "LowRank",
@@ -52,6 +56,8 @@ __all__ = [
     "StepCache",
     "accelerate",
     "calibrate",
+    "distill",
+    "learn_rounding",
     "prune",
     "quantize",
     "tune",
@@ -62,6 +68,8 @@ _LAZY = {
     "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
+    "distill": "diffaccel.distillation.distill",
+    "learn_rounding": "diffaccel.quantization.reconstruct",
     "prune": "diffaccel.pruning.prune",
     "quantize": "diffaccel.quantizing",
     "tune": "diffaccel.tuning.tune",

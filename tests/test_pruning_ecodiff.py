@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import ZOO
 from zoo_pipelines import PIPELINES
 
-from diffaccel import PlanError, Pruning, accelerate, prune
+from diffaccel import InputError, PlanError, Pruning, accelerate, prune
 from diffaccel.denoiser import find_denoisers
 from diffaccel.pruning.ecodiff import EcoDiff, hard_concrete, learn
 from diffaccel.pruning.groups import groups_of
@@ -116,7 +116,7 @@ def test_resumes_to_the_bit_and_the_regulariser_counts(tmp_path):
     resumed = _learn(model, groups, denoiser, tmp_path, told.append)
     assert len(told) == 2  # the third was not written
     assert all(torch.equal(resumed[k], whole[k]) for k in whole)
-    with pytest.raises(PlanError, match="another folder"):
+    with pytest.raises(InputError, match="another folder"):
         _learn(model, groups, denoiser, tmp_path, rate=0.4)
 
     free = _learn(model, groups, denoiser, weight=0.0)

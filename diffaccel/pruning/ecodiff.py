@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.checkpoint import load_state, save_state
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import PlanError
-from diffaccel.pruning.checkpoint import load_state, save_state
 from diffaccel.pruning.groups import Group
 from diffaccel.pruning.masks import Masks
 from diffaccel.pruning.scores import Scores
@@ -91,7 +91,8 @@ def learn(
         folder: where the state is kept; one that was cut off goes on there as if it had not been.
 
     Raises:
-        PlanError: no gradient comes through the pipeline, or ``folder`` holds the state of something else.
+        PlanError: no gradient comes through the pipeline.
+        InputError: ``folder`` holds the state of something else.
     """
     logits = {g.key: torch.full((g.units,), settings.start, requires_grad=True) for g in groups}
     costs = {g.key: each[g.key] if each else float(g.parameters_each) for g in groups}
@@ -99,7 +100,7 @@ def learn(
     optimizer = torch.optim.Adam(list(logits.values()), lr=settings.rate)
     file = None if folder is None else Path(folder) / f"{denoiser.component}.masks.safetensors"
     identity = _identity(denoiser, groups, requests, call, settings, target)
-    done = 0 if file is None else load_state(file, identity, list(logits.values()), optimizer)
+    done = 0 if file is None else load_state(file, identity, list(logits.values()), optimizer)[0]
     trajectory = Trajectory(model, denoiser.module, call)
     device = next(denoiser.module.parameters()).device
     with frozen(model), Masks(denoiser.module, groups) as masks:

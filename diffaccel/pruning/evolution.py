@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.latents import output_tensors
-from diffaccel.pruning.calls import Recorded
 from diffaccel.pruning.groups import Group
 from diffaccel.pruning.masks import Masks
 from diffaccel.pruning.scores import Scores, activation_scores, change
+from diffaccel.recording import Recorded
 
 _POPULATION, _PARENTS, _GENERATIONS = 12, 4, 8
 

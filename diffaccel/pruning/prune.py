@@ -17,7 +17,6 @@ from diffaccel.plan import Artefacts, Plan
 from diffaccel.pruning.attach import all_groups, texts_of
 from diffaccel.pruning.blocks import flows_of
 from diffaccel.pruning.budget import choose
-from diffaccel.pruning.calls import Recorded, record, requests_of
 from diffaccel.pruning.costs import costs_of
 from diffaccel.pruning.groups import Group
 from diffaccel.pruning.removal import why_not
@@ -32,6 +31,7 @@ from diffaccel.pruning.scores import (
 )
 from diffaccel.pruning.section import PREFIX, Pruning
 from diffaccel.pruning.verify import cuttable
+from diffaccel.recording import Recorded, record, requests_of
 
 _STEPS = 4  # calls that are kept of each prompt
 Notify = Callable[[str], None]

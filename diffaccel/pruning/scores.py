@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.latents import output_tensors
-from diffaccel.pruning.calls import Recorded
 from diffaccel.pruning.groups import Group, Part
 from diffaccel.pruning.masks import Masks
+from diffaccel.recording import Recorded
 
 Scores = dict[str, Tensor]
 """By group key, float32 [units]."""

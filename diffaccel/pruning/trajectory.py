@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from diffaccel.denoiser import timestep_parameter
 from diffaccel.errors import PlanError
 from diffaccel.latents import output_tensors
-from diffaccel.pruning.calls import run_pipeline
 from diffaccel.pruning.masks import Masks
+from diffaccel.recording import run_pipeline
 
 Sample = Callable[[int], dict[str, Tensor]]
 """The masks of a step, by group; the same whenever it is asked for the same step."""
