@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from diffaccel.cli import compare, doctor, evaluate, generate, inspect, selftest
+from diffaccel.cli import compare, doctor, evaluate, generate, inspect, selftest, tune
 from diffaccel.cli.console import fail
 from diffaccel.errors import DiffAccelError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)

@@ -85,8 +85,11 @@ def plan_identity(plan: Plan | str | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def chosen_prompts(model: str, file: Path | None, count: int) -> list[str]:
+def chosen_prompts(model: str, file: Path | None, count: int, *, tuning: bool = False) -> list[str]:
     """The first ``count`` prompts of ``file``, or of the set that belongs to a bundled model.
+
+    Args:
+        tuning: whether settings are chosen by them; the bundled models have others to report on.
 
     Raises:
         InputError: neither is there, or the file cannot be read.
@@ -95,7 +98,10 @@ def chosen_prompts(model: str, file: Path | None, count: int) -> list[str]:
 
     if file is None and model not in BUNDLED:
         raise InputError(f"no prompts for {model}; give --prompts FILE with one per line")
-    texts = read_prompts(file) if file is not None else BUNDLED[model].prompts()
+    if file is not None:
+        texts = read_prompts(file)
+    else:
+        texts = BUNDLED[model].tuning_prompts() if tuning else BUNDLED[model].prompts()
     if count > len(texts):
         note(f"{len(texts)} prompts, fewer than the {count} asked for")
     return texts[:count]

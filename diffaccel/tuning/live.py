@@ -7,13 +7,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import rich.live
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from diffaccel.tuning.budget import Budget
-from diffaccel.tuning.result import HEAD, table
+from diffaccel.tuning.result import as_table, table
 
 if TYPE_CHECKING:
     from diffaccel.tuning.search import Search
@@ -58,7 +56,4 @@ class Live:
         spent = (time.perf_counter() - self._started) / 60
         limit = f" of {self._minutes:g}" if self._minutes else ""
         head = Text(f"tuning for {self._budget}: {spent:.1f}{limit} min, {self._alone} settings by themselves")
-        shown = Table(*HEAD, box=box.SIMPLE)
-        for row in self._rows:
-            shown.add_row(*row, style="bold green" if row[-1] else "")
-        self._live.update(Group(head, Text(f"now: {self._what}", style="dim"), shown))
+        self._live.update(Group(head, Text(f"now: {self._what}", style="dim"), as_table(self._rows)))

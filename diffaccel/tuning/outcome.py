@@ -13,7 +13,7 @@ from scipy import stats
 from diffaccel.eval.measures import MEASURES, score
 from diffaccel.tuning.budget import Budget, Limit
 
-_LEVEL = 0.95
+_WORST_TENTH = 1.755  # standard deviations between the mean of a normal distribution and that of its worst tenth
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ def worst_bound(values: Sequence[float], prompts: Sequence[int], *, higher_is_be
     """What the mean of the worst tenth of further prompts surely keeps to.
 
     A few prompts do not contain a worst tenth. Taken as normal (decibels nearly are), its mean lies 1.755 standard
-    deviations from the mean; with the spread at the upper end of what the sample allows (80 %, since the mean is taken
-    as it is). Never better than the worst that was seen.
+    deviations from the mean: this is the one-sided tolerance bound for that point (noncentral t), at 90 % confidence.
+    Never better than the worst that was seen.
     """
     array = np.asarray(values, np.float64)
     count = len(set(prompts))
     if count < 2:
         return -math.inf if higher_is_better else math.inf
-    widest = float(array.std(ddof=1)) * math.sqrt((count - 1) / float(stats.chi2.ppf(0.2, count - 1)))
-    away = 1.755 * widest
+    factor = float(stats.nct.ppf(0.9, count - 1, _WORST_TENTH * math.sqrt(count))) / math.sqrt(count)
+    away = factor * float(array.std(ddof=1))
     seen = _worst(values, higher_is_better=higher_is_better)
     mean = float(array.mean())
     return min(mean - away, seen) if higher_is_better else max(mean + away, seen)

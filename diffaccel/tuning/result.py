@@ -7,6 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from diffaccel import frontier
 from diffaccel.eval.store import Store
 from diffaccel.eval.timing import Ratio
@@ -63,6 +68,27 @@ class Tuning:
         speed = self.speedup
         measured = f"{speed.value:.2f}x [{speed.low:.2f}, {speed.high:.2f}]" if speed else f"{1 / outcome.cost:.2f}x"
         return f"{measured}, {', '.join(parts)} on {len(set(outcome.prompts))} prompts: {self.best.name}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "verdict": self.verdict,
+            "budget": self.budget.to_dict(),
+            "plan": self.plan.to_dict(),
+            "frontier": [entry(p, f"frontier/{i}", p == self.best) for i, p in enumerate(self.points)],
+            "speedup": None if self.speedup is None else self.speedup.to_dict(),
+            "predicted_speedup": self.predicted,
+            "trials": self.trials,
+            "seconds": self.seconds,
+            "restored": self.restored,
+            "notes": list(self.notes),
+        }
+
+    def __rich__(self) -> Group:
+        lines = [self.verdict, *(f"left out: {n}" for n in self.notes)]
+        if not self.restored:
+            lines.insert(0, "the pipeline does not give its first output again to the bit")
+        return Group(as_table(table(self.points, self.best)), *(Text(line) for line in lines))
 
 
 def entry(point: Point, folder: str, chosen: bool) -> dict[str, Any]:
@@ -134,3 +160,11 @@ def table(points: Sequence[Point], best: Point | None) -> list[list[str]]:
 
 
 HEAD = ("plan", "loop", "PSNR dB", "worst tenth", "bytes", "prompts", "")
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of `table` for the terminal."""
+    shown = Table(*HEAD, box=box.SIMPLE)
+    for row in rows:
+        shown.add_row(*row, style="bold green" if row[-1] else "")
+    return shown

@@ -31,6 +31,7 @@ _BETTER = 0.99
 _SHARE_ALONE, _SHARE_SEARCH = 0.45, 0.8  # of the time allowed; the rest confirms
 _CONFIRMATIONS = 4
 _REFINEMENTS = 6
+_SCREEN = 4  # items on which a setting is first tried
 _NEAR = Limit("psnr", "psnr", "mean", 0.0, True)  # how near to the original, where no limit says what counts
 _SHIFTS = (4.0, -4.0, 8.0, -8.0)  # dB from the budget, for the frontier
 
@@ -56,20 +57,27 @@ class Split:
     confirm: tuple[int, ...]
 
     @classmethod
-    def of(cls, count: int, seed: int) -> Split:
-        """Half of ``count`` items to search with, half to confirm with, drawn by ``seed``.
+    def of(cls, prompts: Sequence[int], seed: int) -> Split:
+        """Half of the prompts to search with, half to confirm with, drawn by ``seed``.
+
+        Args:
+            prompts: to which prompt each item belongs.
+            seed: of the draw.
 
         Raises:
-            PlanError: fewer than 4 items.
+            PlanError: fewer than 4 prompts.
         """
-        if count < 4:
+        known = sorted(set(prompts))
+        if len(known) < 4:
             raise PlanError(
-                f"tune needs 4 prompts or more (or fewer with several seeds each), got {count}: half of them choose "
+                f"tune needs 4 different prompts or more (or one with 4 seeds), got {len(known)}: half of them choose "
                 "the plan, the others confirm it"
             )
-        order = [int(i) for i in np.random.default_rng(seed).permutation(count)]
-        search = order[: (count + 1) // 2]
-        return cls(tuple(search[:4]), tuple(search), tuple(order[len(search) :]))
+        drawn = [known[int(i)] for i in np.random.default_rng(seed).permutation(len(known))]
+        order = sorted(range(len(prompts)), key=lambda item: drawn.index(prompts[item]))
+        first = set(drawn[: (len(known) + 1) // 2])
+        search = tuple(item for item in order if prompts[item] in first)
+        return cls(search[:_SCREEN], search, tuple(item for item in order if prompts[item] not in first))
 
 
 class Search:
@@ -99,7 +107,9 @@ class Search:
         self.notes: list[str] = []
         self._trials, self._budget, self._families, self._split = trials, budget, families, split
         self._seconds, self._watch = seconds, watch
+        self._excluded: dict[Choice, bool] = {}
         self._tried: set[Choice] = set()
+        self._strict = 1.0  # share of what may be lost that the search may use, after what confirmation has shown
         self._wrong: dict[str, list[float]] = {limit.name: [] for limit in budget.of_quality}
 
     def run(self) -> Point | None:
@@ -159,7 +169,7 @@ class Search:
         if found is None:
             return None
         choice = frozenset(options[i] for i in found)
-        best = self._best_of_search() if budget is self._budget else None
+        best = self._best_of_search() if budget is self._budget and self._strict == 1 else None
         if best is not None and self._rank_of_prediction(choice) >= self._rank(best) * _BETTER:
             return None
         return choice
@@ -167,11 +177,11 @@ class Search:
     def _program(self, options: Sequence[Option], budget: Budget) -> Program:
         quality = budget.of_quality
         loss = [[limit.loss(self.alone[o].estimate(limit)) for o in options] for limit in quality]
-        allowed = [limit.loss(limit.bound) / self._correction(limit) for limit in quality]
+        allowed = [self._strict * limit.loss(limit.bound) / self._correction(limit) for limit in quality]
         if budget.memory is not None:  # bytes saved add up; what is allowed has to be reached
             loss.append([self.alone[o].share - 1 for o in options])
             allowed.append(budget.memory - 1)
-        pairs = [(i, j) for i, j in combinations(range(len(options)), 2) if excludes(options[i], options[j])]
+        pairs = [(i, j) for i, j in combinations(range(len(options)), 2) if self._exclude(options[i], options[j])]
         return Program(
             [o.knob for o in options],
             [self.alone[o].cost for o in options],
@@ -181,6 +191,14 @@ class Search:
             pairs,
             budget.speedup or 1.0,
         )
+
+    def _exclude(self, one: Option, other: Option) -> bool:
+        if one.knob == other.knob:
+            return False  # the program has a row of its own for these
+        pair = frozenset((one, other))
+        if pair not in self._excluded:
+            self._excluded[pair] = excludes(one, other)
+        return self._excluded[pair]
 
     def _useful(self) -> list[Option]:
         """Options that gain something; of several with the same gain and loss the program finds the best by itself."""
@@ -268,21 +286,46 @@ class Search:
         return min(kept, key=self._rank, default=None)
 
     def _confirm(self) -> None:
-        """On prompts that had no part in choosing. Those that miss by their bound on few prompts get a chance, too."""
-        hopeful = sorted((p for p in self.points if p.outcome.keeps(self._budget, surely=False)), key=self._rank)
-        for point in hopeful[:_CONFIRMATIONS]:
-            fresh = self._run(point.choice, self._split.confirm)
-            if fresh is None:
-                continue
-            whole = self._trials.outcome(point.name, (*self._split.search, *self._split.confirm))
-            at = self.points.index(point)
-            self.points[at] = Point(point.choice, whole)
-            if whole.keeps(self._budget) and fresh.keeps(self._budget, surely=False):
-                self.best = self.points[at]
-                self._watch(self)
+        """On prompts that chose nothing, the fastest first; by what one misses, the next is chosen stricter."""
+        refuted: set[Choice] = set()
+        for _ in range(_CONFIRMATIONS):
+            point = self._fastest(refuted)
+            if point is None:
+                self._together(self._budget, most=1)
+                point = self._fastest(refuted)
+            if point is None:
+                break
+            if self._is_confirmed(point):
                 return
-        if hopeful:
+            refuted.add(point.choice)
+        if refuted:
             self.notes.append("what kept to the budget while searching did not surely keep to it on further prompts")
+
+    def _fastest(self, refuted: set[Choice]) -> Point | None:
+        """Of the points that keep to what the confirmation so far has left of the budget."""
+        left = [p for p in self.points if p.choice not in refuted and p.outcome.keeps(self._budget, surely=False)]
+        for limit in self._budget.of_quality:
+            most = limit.loss(limit.bound) * self._strict
+            left = [p for p in left if limit.loss(p.outcome.estimate(limit)) <= most]
+        return min(left, key=self._rank, default=None)
+
+    def _is_confirmed(self, point: Point) -> bool:
+        fresh = self._run(point.choice, self._split.confirm)
+        if fresh is None:
+            return False
+        whole = Point(point.choice, self._trials.outcome(point.name, (*self._split.search, *self._split.confirm)))
+        self.points[self.points.index(point)] = whole
+        if whole.outcome.keeps(self._budget) and fresh.keeps(self._budget, surely=False):
+            self.best = whole
+            self._watch(self)
+            return True
+        for limit in self._budget.of_quality:
+            missed = max(limit.loss(whole.outcome.bound(limit)), limit.loss(fresh.estimate(limit)))
+            had = limit.loss(point.outcome.estimate(limit))
+            allowed = limit.loss(limit.bound)
+            if missed > allowed > 0:
+                self._strict = min(self._strict, had / missed)
+        return False
 
     def frontier(self) -> list[Point]:
         """Measured points that none beats in both time and PSNR, from the nearest to the original to the fastest."""

@@ -48,8 +48,7 @@ class Trials:
     ) -> None:
         self._pipe, self._jobs, self._calls, self._store = pipe, jobs, calls, store
         self._measures, self._told = measures, told
-        labels: dict[str, int] = {}
-        self._prompts = {job.index: labels.setdefault(repr(job.prompt), len(labels)) for job in jobs}
+        self._prompts = dict(zip((job.index for job in jobs), prompts_of(jobs), strict=True))
         steps = steps_of(pipe, calls)
         self._short = {} if steps is None else {"num_inference_steps": min(_PACE_STEPS, steps)}
 
@@ -183,6 +182,13 @@ class Trials:
             yield
         finally:
             self._store.append(kind="trial", row=name, spent=time.perf_counter() - started)
+
+
+def prompts_of(jobs: Sequence[Job]) -> list[int]:
+    """To which prompt each item belongs; of a single prompt, whose seeds alone differ, each seed counts as one."""
+    labels: dict[str, int] = {}
+    found = [labels.setdefault(repr(job.prompt), len(labels)) for job in jobs]
+    return found if len(labels) > 1 else list(range(len(jobs)))
 
 
 def _paced(record: Mapping[str, Any]) -> float:

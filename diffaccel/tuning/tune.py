@@ -25,7 +25,7 @@ from diffaccel.tuning.page import write_page
 from diffaccel.tuning.result import Tuning, write_plans
 from diffaccel.tuning.search import Search, Split
 from diffaccel.tuning.space import Family, compose, families_for
-from diffaccel.tuning.trials import Trials
+from diffaccel.tuning.trials import Trials, prompts_of
 
 FORMAT = 1
 _BESIDE = 6
@@ -64,7 +64,7 @@ def tune(
 
     Raises:
         InputError: a prompt, seed or measure that cannot be used, or a folder with something else.
-        PlanError: a budget without a limit, fewer than 4 items, or a pipeline that is accelerated already.
+        PlanError: a budget without a limit, fewer than 4 prompts, or a pipeline that is accelerated already.
         ModelError: no denoiser in ``model``.
     """
     return run(
@@ -99,7 +99,7 @@ def run(
     Request(pipe, {}, prompts, seeds, calls, (), 1, 1, False).check()
     bundled = str(getattr(model, "name", "")).startswith("bundled:")
     jobs = [Job(i, prompt, s) for i, (prompt, s) in enumerate(product(prompts, seeds))]
-    split = Split.of(len(jobs), seed)
+    split = Split.of(prompts_of(jobs), seed)
     measures = _measures(budget, prompts, bundled=bundled, video=makes_video(pipe))
     denoisers = find_denoisers(pipe)
     notes: list[str] = []
