@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ def calibrate(
         others = dataclasses.replace(plan, caching=None)
         if plan.caching.policy == "mag":
             found |= _ratios(pipe, others, requests, call)
+        if plan.caching.policy == "smooth":
+            with _watched(pipe, others, len(requests)) as context:
+                runs = [partial(pipe, **{**call, **request}) for request in requests]
+                found |= caching.measure_lags(context, plan.caching, runs)
         if plan.caching.policy == "schedule" or plan.caching.forecast == "fitted":
             found |= _trajectories(pipe, others, plan.caching, requests, call)
     return dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}), key=key)

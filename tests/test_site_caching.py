@@ -1,11 +1,18 @@
 """Caching of single modules and of a UNet's deep part: which they are, and that the rest goes on right."""
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 import torch
+from caching_parts import Doubler
 from torch import nn
 from zoo import ZOO
+from zoo_pipelines import PIPELINES
 
-from diffaccel import Plan, PlanError, StepCache, accelerate
+from diffaccel import Plan, PlanError, StepCache, accelerate, calibrate
+from diffaccel.caching.lags import Lags, lags_of
 from diffaccel.caching.modules import cacheable
 from diffaccel.denoiser import Denoiser
 
@@ -292,3 +299,77 @@ def test_no_such_modules():
 def test_round_trip(section, tmp_path):
     plan = Plan(caching=section)
     assert Plan.load(plan.save(tmp_path)) == plan
+
+
+# --- SmoothCache and TeaCache -----------------------------------------------------------------------------------------
+
+
+def test_smooth_schedules_by_hand():
+    never = math.inf
+    lags = Lags(
+        (1000.0, 900.0, 800.0, 700.0, 600.0),
+        np.array([[never, never], [0.1, never], [0.1, 0.3], [0.1, 0.15], [0.2, 0.2]]),
+    )
+    free = lambda step: False  # noqa: E731
+    own = lags.timesteps
+    assert lags.schedule(own, 0.2, 9, free) == {0, 2}  # 1 -> 2 would be .1, but 0 -> 2 is .3; then .1 and .2
+    assert lags.schedule(own, 0.3, 9, free) == {0, 3}  # 0 -> 3 was not measured
+    assert lags.schedule(own, 0.3, 1, free) == {0, 2, 4}
+    assert lags.schedule(own, 0.3, 9, lambda step: step == 1) == {0, 1, 4}
+    assert lags.schedule(own, 0.05, 9, free) == set(range(5))
+    half = [1000.0 - 50 * i for i in range(9)]  # twice as many steps: half the errors
+    assert lags.schedule(half, 0.051, 1, free) == {0, 1, 3, 5, 7, 8}  # 950 lies beside a step with nothing before it
+
+
+def test_smoothcache_is_calibrated_and_follows_its_errors():
+    specimen = PIPELINES["pixart_sigma"]
+    pipe, outputs = specimen.build(), []
+    handle = pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda m, i, o: outputs.append(o.clone()))
+    call = specimen.arguments(steps=8)
+    plan = calibrate(pipe, StepCache.smoothcache(0.2), prompts=call.pop("prompt"), **call)
+    handle.remove()
+    lags = lags_of(plan.artefacts, "transformer")
+    assert set(lags) == {"attn", "cross", "ff"} and lags["ff"].errors.shape == (8, 3)
+    one = [float((b - a).abs().sum() / a.abs().sum()) for a, b in itertools.pairwise(outputs)]
+    others = lags["ff"].errors[1:, 0] * 3 - np.array(one)  # of the two other blocks
+    assert (others > 0).all() and others.max() < 2
+    for steps in (8, 12):
+        with accelerate(pipe, plan) as accel:
+            assert specimen.call(pipe, steps=steps).isfinite().all()
+            computed = report(accel).facts["steps_computed"]["transformer"]
+        assert set(computed) == {"attn", "cross", "ff"} and all({0, steps - 1} <= set(s) for s in computed.values())
+    timesteps = lags["ff"].timesteps
+    tight = lags["ff"].schedule(timesteps, float(lags["ff"].errors[1:, 0].max()), 1, lambda s: s in (0, 7))
+    assert tight == {0, 2, 4, 6, 7}
+    with pytest.raises(PlanError, match="needs the calibrated errors of modules"):
+        accelerate(pipe, Plan(caching=StepCache.smoothcache()))
+
+
+def test_teacache_adds_up_what_the_first_attention_is_given():
+    specimen = ZOO["flux"]
+    model = specimen.build()
+    inputs = [specimen.inputs(progress=step / 12) for step in range(12)]
+    given = []
+    handle = model.transformer_blocks[0].attn.to_q.register_forward_pre_hook(lambda m, i: given.append(i[0].clone()))
+    loop(model, inputs)
+    handle.remove()
+    expected, moved = [0], 0.0
+    for step, (a, b) in enumerate(itertools.pairwise(given), 1):
+        moved += float((b - a).abs().mean() / a.abs().mean())
+        if moved >= 0.3 or step == 11:
+            expected.append(step)
+            moved = 0.0
+    before = (
+        sorted(vars(model.transformer_blocks[0].attn.to_q)),
+        len(model.transformer_blocks[0].attn.to_q._forward_pre_hooks),
+    )
+    with accelerate(model, Plan(caching=StepCache.teacache(0.3))) as accel:
+        for _ in range(2):  # the layout is learnt in the first
+            accel.clock.start(12)
+            loop(model, inputs, accel)
+        assert report(accel).facts["steps_computed"]["transformer"] == expected
+    assert 3 < len(expected) < 11
+    to_q = model.transformer_blocks[0].attn.to_q
+    assert (sorted(vars(to_q)), len(to_q._forward_pre_hooks)) == before
+    with pytest.raises(PlanError, match="has none there; use policy='first-block'"):
+        accelerate(Doubler(), Plan(caching=StepCache.teacache()))

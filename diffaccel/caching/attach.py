@@ -10,6 +10,7 @@ from torch import nn
 from diffaccel.caching.allowance import Allowance
 from diffaccel.caching.decisions import Decisions, noise_level
 from diffaccel.caching.deep import Deep
+from diffaccel.caching.lags import Lags, lags_of
 from diffaccel.caching.memory import Part
 from diffaccel.caching.modules import chosen
 from diffaccel.caching.ratios import Ratios, ratios_of
@@ -27,11 +28,13 @@ from diffaccel.timeline import Timeline
 
 @dataclass(frozen=True)
 class Resolved:
-    """The section and what was calibrated, by component: MagCache's ratios by branch, and trajectories."""
+    """The section and what was calibrated, by component: MagCache's ratios by branch, trajectories, SmoothCache's
+    errors by kind of module."""
 
     section: StepCache
     ratios: Mapping[str, Mapping[str, Ratios]]
     trajectories: Mapping[str, Trajectories]
+    lags: Mapping[str, Mapping[str, Lags]]
     sites: Mapping[str, Sequence[Site]]
 
 
@@ -62,16 +65,22 @@ def resolve(sections: Sequence[StepCache], context: Context) -> Resolved:
         )
     found = {d.component: trajectories_of(context.artefacts, d.component) for d in context.denoisers}
     trajectories = {component: known for component, known in found.items() if known is not None}
-    if section.needs_calibration and section.policy != "mag" and not trajectories:
+    if section.needs_calibration and section.policy not in ("mag", "smooth") and not trajectories:
         raise PlanError(
             f"StepCache(policy={section.policy!r}, forecast={section.forecast!r}) needs calibrated trajectories, which "
             "this plan has none of; get them by plan = diffaccel.calibrate(pipe, plan, prompts=['two or three'])"
         )
+    lags = {d.component: lags_of(context.artefacts, d.component) for d in context.denoisers}
+    if section.policy == "smooth" and not any(lags.values()):
+        raise PlanError(
+            "StepCache(policy='smooth') needs the calibrated errors of modules, which this plan has none of; get them "
+            "by plan = diffaccel.calibrate(pipe, plan, prompts=['two or three'])"
+        )
     sites = chosen(context.denoisers, section.sites) if section.granularity == "sites" else {}
-    if section.granularity == "deep":
-        for denoiser in context.denoisers:
-            Deep(denoiser, section.back, section.forecast)  # refuses what is no UNet
-    return Resolved(section, ratios, trajectories, sites)
+    resolved = Resolved(section, ratios, trajectories, lags, sites)
+    for denoiser in context.denoisers:
+        _part(denoiser, resolved)  # some refuse a denoiser by its structure
+    return resolved
 
 
 def attach(resolved: Resolved, context: Context) -> AttachedCache:
@@ -79,7 +88,7 @@ def attach(resolved: Resolved, context: Context) -> AttachedCache:
     section, caches = resolved.section, {}
     allowance = Allowance(section.memory)
     for denoiser in context.denoisers:
-        part = _part(denoiser, section, resolved)
+        part = _part(denoiser, resolved)
         if part is not None:
             part.install(context)
         known, name = resolved.trajectories, denoiser.component
@@ -90,6 +99,7 @@ def attach(resolved: Resolved, context: Context) -> AttachedCache:
             resolved.ratios[name],
             known.get(name),
             [other for component, other in known.items() if component != name],
+            resolved.lags[name],
         )
         cache = CachedRoot(section, decisions, part, allowance)
         wrappers = context.root(denoiser).wrappers
@@ -99,16 +109,19 @@ def attach(resolved: Resolved, context: Context) -> AttachedCache:
     return AttachedCache(section, caches, allowance)
 
 
-def _part(denoiser: Denoiser, section: StepCache, resolved: Resolved) -> Part | None:
+def _part(denoiser: Denoiser, resolved: Resolved) -> Part | None:
     """What is skipped in place of whole calls."""
+    section = resolved.section
     if section.granularity == "stack":
-        return Stack(denoiser, section.front, section.back, section.forecast)
+        modulated = section.policy == "modulated"
+        return Stack(denoiser, section.front, section.back, section.forecast, modulated=modulated)
     if section.granularity == "deep":
         return Deep(denoiser, section.back, section.forecast)
     if section.granularity == "sites":
         sites = resolved.sites.get(denoiser.component, ())
         rules = section.intervals()
-        groups = [group_of(site, rules) if section.policy == "interval" else "" for site in sites]
+        apart = section.policy in ("interval", "smooth")
+        groups = [group_of(site, rules) if apart else "" for site in sites]
         return Sites(sites, groups, section.forecast)
     return None
 

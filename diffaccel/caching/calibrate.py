@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from diffaccel.caching.decisions import Decisions, noise_level
+from diffaccel.caching.lags import LagRecorder
+from diffaccel.caching.modules import chosen
 from diffaccel.caching.root import CachedRoot
 from diffaccel.caching.section import StepCache
 from diffaccel.caching.trajectory import Trajectories, Trajectory, artefacts_of, spans
@@ -125,6 +127,19 @@ def measure(context: Context, section: StepCache, runs: Sequence[Run]) -> dict[s
     for component, known in found.items():
         artefacts |= artefacts_of(component, dataclasses.replace(known, correction=correction))
     return artefacts
+
+
+def measure_lags(context: Context, section: StepCache, runs: Sequence[Callable[[], Any]]) -> dict[str, Tensor]:
+    """SmoothCache's artefacts of every denoiser."""
+    sites = chosen(context.denoisers, section.sites)
+    recorders = {}
+    for denoiser in context.denoisers:
+        recorder = LagRecorder(denoiser, sites.get(denoiser.component, ()), section.max_skips, context)
+        recorders[denoiser.component] = recorder
+    with _wrapped(context, recorders.get):
+        for run in runs:
+            run()
+    return {name: tensor for recorder in recorders.values() for name, tensor in recorder.artefacts()}
 
 
 def _trajectory(runs: Sequence[Sequence[_Step]]) -> Trajectory:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from diffaccel.caching.policies import Change, EasyCache, Interval, MagCache, Policy, SeaCache, Static
+from diffaccel.caching.lags import Lags
+from diffaccel.caching.policies import Change, EasyCache, Interval, MagCache, Moved, Policy, SeaCache, Static
 from diffaccel.caching.ratios import Ratios
 from diffaccel.caching.schedule import Chosen, Scheduler
 from diffaccel.caching.section import StepCache
@@ -20,7 +21,7 @@ class Decisions:
     """Of one denoiser.
 
     Args:
-        ratios: MagCache's, by branch; may be empty.
+        ratios: MagCache's, by branch; may be empty. lags: SmoothCache's, by kind of module; likewise.
         known: calibrated trajectories, if there are any. others: those of the pipeline's other denoisers.
         noise: timestep -> share of noise in the latents.
     """
@@ -33,9 +34,10 @@ class Decisions:
         ratios: Mapping[str, Ratios],
         known: Trajectories | None,
         others: Sequence[Trajectories] = (),
+        lags: Mapping[str, Lags] | None = None,
     ) -> None:
         self._section, self._clock, self._noise = section, clock, noise
-        self._ratios, self._known, self._others = ratios, known, others
+        self._ratios, self._known, self._others, self._lags = ratios, known, others, lags or {}
         self._scheduler = Scheduler(section, known) if section.policy == "schedule" and known is not None else None
         self.chosen: Chosen | None = None
         """The schedule of the last run, where the policy makes one."""
@@ -54,6 +56,10 @@ class Decisions:
             return SeaCache(section.threshold, self._noise), None
         if section.policy == "first-block":
             return Change(section.threshold), None
+        if section.policy == "modulated":
+            return Moved(section.threshold), None
+        if section.policy == "smooth":
+            return self._smooth(call, group)
         if section.policy == "interval":
             return Interval(), None
         if section.policy == "schedule":
@@ -80,18 +86,27 @@ class Decisions:
             return Static(range(1 << 30)), "this denoiser was not calibrated: nothing is skipped"
         if call.steps is None:
             return Static(range(1 << 30)), "the number of steps is unknown: nothing is skipped"
-        timesteps = self._timesteps(call.steps)
+        timesteps = self._timesteps(call.steps, self._known.together().timesteps)
         end = next((i for i in range(call.step + 1, call.steps) if self._foreign(timesteps[i])), call.steps)
         self.chosen = self._scheduler.choose(timesteps, call.step, end)
         return Static(frozenset(self.chosen.computed)), None
 
-    def _timesteps(self, steps: int) -> list[float]:
+    def _smooth(self, call: Call, group: str) -> tuple[Policy, str | None]:
+        lags, s = self._lags.get(group), self._section
+        if lags is None or call.steps is None:
+            why = "the number of steps is unknown" if lags else f"modules of the kind {group!r} were not calibrated"
+            return Static(range(1 << 30)), f"{why}: none is skipped"
+        timesteps, begin, steps = self._timesteps(call.steps, lags.timesteps), call.step, call.steps
+        computed = lags.schedule(
+            timesteps[begin:], s.threshold, s.max_skips, lambda step: s.is_protected(begin + step, steps)
+        )
+        return Static({begin + step for step in computed}), None
+
+    def _timesteps(self, steps: int, measured: Sequence[float]) -> list[float]:
         """The schedule; where only its length is known (a loop of the user's), the calibrated one spread over it."""
         known = [t for t in self._clock.schedule if t is not None]
         if len(known) == steps:
             return known
-        assert self._known is not None
-        measured = self._known.together().timesteps
         return np.interp(np.linspace(0, 1, steps), np.linspace(0, 1, len(measured)), measured).tolist()
 
     def _foreign(self, timestep: float) -> bool:

@@ -113,6 +113,31 @@ class Change:
         self._computed = self._now
 
 
+class Moved:
+    """Skip while what is looked at has moved by less than the threshold in all since the last computed step.
+
+    The distance of neighbouring steps, mean|a - b| / mean|b|, adds up. Looking at the modulated input of the first
+    attention this is TeaCache (arXiv:2411.19108, sec. 3.3) with the identity for its polynomial, whose coefficients
+    hold for one model, resolution and scheduler only. Reads one scalar from the device.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._last: list[Tensor] = []
+        self._moved: Tensor | None = None
+
+    def look(self, inputs: list[Tensor], at: float, step: int) -> None:
+        if self._moved is not None:
+            self._moved = self._moved + mean_abs_difference(inputs, self._last) / mean_abs(self._last)
+        self._last = inputs
+
+    def skip(self) -> bool:
+        return self._moved is not None and bool(self._moved < self._threshold)
+
+    def learn(self, outputs: list[Tensor]) -> None:
+        self._moved = torch.zeros((), device=outputs[0].device)
+
+
 class Interval:
     """Skip every step that may be skipped: a fixed interval, as FORA (arXiv:2407.01425) and TaylorSeer have."""
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from diffaccel.errors import PlanError
 from diffaccel.plan import Section, section_type
 
-POLICIES = ("easy", "mag", "sea", "first-block", "interval", "schedule")
+POLICIES = ("easy", "mag", "sea", "first-block", "interval", "schedule", "smooth", "modulated")
 FORECASTS = ("hold", "residual", "linear", "quadratic", "trend", "fitted")
 GRANULARITIES = ("root", "stack", "sites", "deep")
 
@@ -26,7 +26,10 @@ class StepCache(Section):
             by how what the first blocks add has changed; granularity ``stack``), ``interval`` (every step that
             ``max_skips`` and the protected ones allow) or ``schedule`` (those that cost least by calibrated
             trajectories, after SmoothCache, arXiv:2411.10510; needs `diffaccel.calibrate`; ``psnr`` or ``share`` says
-            how many).
+            how many), ``smooth`` (SmoothCache: each kind of module while its calibrated error is at most the threshold,
+            arXiv:2411.10510; granularity ``sites``; needs `diffaccel.calibrate`) or ``modulated`` (TeaCache,
+            arXiv:2411.19108, without coefficients: by how far what the first attention is given, scaled and shifted by
+            the timestep, has moved since a computed step; granularity ``stack``).
         granularity: what a skip leaves out: ``root``, the whole call; ``stack``, the repeated blocks (embeddings and
             the final projection then see the step's own latents and timestep); ``sites``, the outputs of single modules
             (FORA, SmoothCache, PAB); ``deep``, of a UNet all but its outermost layers (DeepCache, arXiv:2312.00858).
@@ -113,6 +116,11 @@ class StepCache(Section):
             raise PlanError(
                 "StepCache(forecast='residual') is for whole calls; modules have hold, linear, quadratic, trend"
             )
+        if self.policy == "smooth" and self.granularity != "sites":
+            raise PlanError(
+                f"StepCache(policy='smooth') decides for kinds of modules: it needs granularity='sites', got "
+                f"{self.granularity!r}"
+            )
         self.intervals()
 
     def intervals(self) -> dict[str, int]:
@@ -157,12 +165,12 @@ class StepCache(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether `diffaccel.calibrate` has to measure something before this can be attached."""
-        return self.policy in ("mag", "schedule") or self.forecast == "fitted"
+        return self.policy in ("mag", "schedule", "smooth") or self.forecast == "fitted"
 
     @property
     def looks_inside(self) -> bool:
         """Whether it is decided inside the call, after the first blocks."""
-        return self.policy == "first-block"
+        return self.policy in ("first-block", "modulated")
 
     @classmethod
     def scheduled(cls, psnr: float | None = None, share: float | None = None, max_skips: int = 4) -> StepCache:
@@ -248,6 +256,16 @@ class StepCache(Section):
         that change less on fewer steps."""
         every = f"attn={spatial} *temporal*={temporal} *motion*={temporal} cross={cross}"
         return cls._modules("attn cross", "hold", every=every, protect_first=0.2, protect_last=0.1)
+
+    @classmethod
+    def smoothcache(cls, threshold: float = 0.15, max_skips: int = 3) -> StepCache:
+        """SmoothCache (arXiv:2411.10510): each kind of module by its calibrated error, first and last step computed."""
+        return cls._published("smooth", "hold", threshold, granularity="sites", protect_last=1, max_skips=max_skips)
+
+    @classmethod
+    def teacache(cls, threshold: float = 0.2) -> StepCache:
+        """TeaCache's signal (arXiv:2411.19108) without its polynomial; the first block runs on every step."""
+        return cls._published("modulated", "hold", threshold, front=1, protect_last=1)
 
     @classmethod
     def deepcache(cls, interval: int = 3, back: int = 1) -> StepCache:

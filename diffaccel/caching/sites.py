@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.hooks import ModelHook
@@ -56,7 +56,7 @@ class Sites:
     def install(self, context: Context) -> None:
         """Put the hooks on the modules, and their removal on the undo stack."""
         for index, site in enumerate(self._sites):
-            context.undo.callback(install(site.module, _SiteHook(self, index), "caching"))
+            context.undo.callback(install(site.module, SiteHook(self, index), "caching"))
 
     def call(
         self, kept: dict[Key, Forecast], at: float, skip: Mapping[str, bool], allow: Allow, compute: Callable[[], Any]
@@ -109,14 +109,21 @@ class Sites:
         return output_like(output, moved)
 
 
-class _SiteHook(ModelHook):
-    """Hands a module's call to the sites."""
+class Owner(Protocol):
+    """Who gets the calls of hooked modules."""
+
+    def run(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """The output of a call of module ``index``."""
+
+
+class SiteHook(ModelHook):
+    """Hands a module's call to its owner."""
 
     _is_stateful = False
 
-    def __init__(self, sites: Sites, index: int) -> None:
+    def __init__(self, owner: Owner, index: int) -> None:
         super().__init__()
-        self._owner, self._index = sites, index
+        self._owner, self._index = owner, index
 
     @torch.compiler.disable(
         recursive=False,

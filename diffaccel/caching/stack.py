@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffaccel.caching.allowance import Allow
 from diffaccel.caching.stack_layout import StackLayout, StackObserver, streams_of
 from diffaccel.denoiser import Denoiser
+from diffaccel.errors import PlanError
 from diffaccel.forecast import Forecast
 from diffaccel.hooks import install
 from diffaccel.latents import output_like
@@ -39,6 +40,7 @@ class _Call:
     allow: Allow
     position: int = 0
     entered: dict[str, Tensor] = field(default_factory=dict)  # copies of the streams where the span at hand began
+    given: Tensor | None = None  # to the first attention, where that decides
     before: Tensor | None = None  # likewise of the image tokens, where the front's list began
     passed: dict[str, Tensor] = field(default_factory=dict)  # outputs of the block before in this span
 
@@ -53,15 +55,20 @@ class Stack:
     Args:
         front: blocks at the beginning that always run. back: likewise at the end.
         forecast: how the residuals go on while they are not computed, see `Forecast`.
+        modulated: whether it is decided by what the first attention is given instead of what the front blocks add.
+
+    Raises:
+        PlanError: ``modulated``, and the first block has no query projection to see that at.
     """
 
-    def __init__(self, denoiser: Denoiser, front: int, back: int, forecast: str) -> None:
+    def __init__(self, denoiser: Denoiser, front: int, back: int, forecast: str, *, modulated: bool = False) -> None:
         self._blocks = denoiser.blocks
         self._front, self._back, self._forecast = front, back, forecast
         self._signatures = [inspect.signature(block.forward) for _, block in self._blocks]
         self._observer: StackObserver | None = StackObserver([name for name, _ in self._blocks])
         self._layout: StackLayout | None = None
         self._call: _Call | None = None
+        self._tap = _query_projection(denoiser) if modulated else None
         self.refusal: str | None = None
         """Why nothing can be skipped, once that is known."""
 
@@ -69,6 +76,12 @@ class Stack:
         """Put the hooks on the blocks, and their removal on the undo stack."""
         for index, (_, block) in enumerate(self._blocks):
             context.undo.callback(install(block, _BlockHook(self, index), "caching"))
+        if self._tap is not None:
+            context.undo.callback(self._tap.register_forward_pre_hook(self._given).remove)
+
+    def _given(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._call is not None and self._call.given is None and args:
+            self._call.given = args[0].detach().clone()
 
     def covered(self, residuals: Mapping[int, Forecast]) -> bool:
         """Whether ``residuals`` suffice to skip a call."""
@@ -154,6 +167,9 @@ class Stack:
         output = compute()
         if position == self._front - 1 and not isinstance(call.skip, bool):
             assert call.before is not None
+            if self._tap is not None and call.given is not None:
+                call.skip = call.skip([call.given])
+                return output
             call.skip = call.skip([streams_of(output)[layout.signal[0]].detach() - call.before])
         return output
 
@@ -166,6 +182,18 @@ class Stack:
             self.refusal = found
         else:
             self._layout = found
+
+
+def _query_projection(denoiser: Denoiser) -> nn.Module:
+    """The first block's: what it is given was normalised, and scaled and shifted by the timestep."""
+    first = denoiser.blocks[0][0] if denoiser.blocks else ""
+    for site in denoiser.layers:
+        if site.role in ("attn.q", "attn.qkv") and first and site.name.startswith(f"{first}."):
+            return site.module
+    raise PlanError(
+        f"StepCache(policy='modulated') looks at what the first block's query projection is given, and "
+        f"{denoiser.component} has none there; use policy='first-block'"
+    )
 
 
 class _BlockHook(ModelHook):
