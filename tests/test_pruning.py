@@ -1,6 +1,7 @@
 """What is removed computes what masks say, on every denoiser; comes back to the bit; and is saved and loaded."""
 
 import dataclasses
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -156,6 +157,27 @@ def test_plan_is_applied_undone_saved_and_loaded(tmp_path, originals):
     accelerate(loaded, again).bake()
     loaded.save_pretrained(tmp_path / "again")
     assert change(run(specimen, type(model).from_pretrained(tmp_path / "again"), 1), run(specimen, loaded, 1)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("flux", "num_single_layers"), ("hunyuan_dit", None), ("sd3", "num_layers")]
+)
+def test_a_depth_cut_is_a_plain_config_where_one_can_say_it(tmp_path, name, says):
+    specimen = ZOO[name]
+    model = specimen.build()
+    before = run(specimen, model, 1)
+    plan = _pruned(specimen, model, units="block", method="hierarchy", ratio=0.12 if name == "flux" else 0.2)
+    with accelerate(model, plan):
+        pruned = run(specimen, model, 1)
+    assert equal(run(specimen, model, 1), before)
+    accelerate(model, plan).bake()
+    assert change(run(specimen, model, 1), pruned) < 1e-6
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert ("quantization_config" in config) == (says is None)
+    if says:
+        assert config[says] == specimen.config[says] - 1
+    assert change(run(specimen, type(model).from_pretrained(tmp_path), 1), pruned) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:diffaccel")

@@ -13,6 +13,7 @@ from diffaccel.errors import PlanError
 from diffaccel.originals import Originals
 from diffaccel.plan import Section
 from diffaccel.pruning.blocks import Flow, whole_groups
+from diffaccel.pruning.depth import drop_stand_ins
 from diffaccel.pruning.groups import Group, groups_of
 from diffaccel.pruning.lowrank import factorise, ranks_of
 from diffaccel.pruning.removal import keep_originals, remove_units, why_not
@@ -125,7 +126,19 @@ class Pruned:
             handle.remove()
         self._originals.discard()
         for denoiser in self._context.denoisers:
-            mark_reshaped(denoiser.module, merged(shape_of(denoiser.module), self._records[denoiser.component]))
+            record = merged(shape_of(denoiser.module), self._records[denoiser.component])
+            config = self._depth_of(denoiser)
+            if config and set(record) == {"replaced"}:
+                drop_stand_ins(denoiser.module, config)
+            else:
+                mark_reshaped(denoiser.module, record)
+
+    def _depth_of(self, denoiser: Denoiser) -> dict[str, int]:
+        """What the config is to say of a model that only lost blocks; see `Pruning.depth`."""
+        begin = f"{denoiser.component}."
+        lines = [x for s in self._resolved.sections if isinstance(s, Pruning) for x in s.depth if x.startswith(begin)]
+        pairs = (line.removeprefix(begin).split("=") for line in lines)
+        return {name: int(value) for name, value in pairs}
 
 
 def all_groups(denoiser: Denoiser, kinds: Sequence[str], flows: Mapping[str, Flow]) -> tuple[Group, ...]:

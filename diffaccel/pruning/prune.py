@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 from diffaccel.denoiser import Denoiser, find_denoisers
 from diffaccel.errors import PlanError
 from diffaccel.key import plan_key
+from diffaccel.originals import Originals
 from diffaccel.plan import Artefacts, Plan
 from diffaccel.pruning.attach import all_groups, texts_of
 from diffaccel.pruning.blocks import flows_of
 from diffaccel.pruning.budget import choose
 from diffaccel.pruning.costs import costs_of
+from diffaccel.pruning.depth import plain_config
 from diffaccel.pruning.groups import Group
-from diffaccel.pruning.removal import why_not
+from diffaccel.pruning.removal import remove_units, why_not
 from diffaccel.pruning.scores import (
     Scores,
     activation_scores,
@@ -78,6 +81,7 @@ def prune(
     recorded = record(model, denoisers, requests, call, _STEPS)
     artefacts: dict[str, Tensor] = {}
     flow_texts: list[str] = []
+    depth: list[str] = []
     for denoiser in denoisers:
         calls = recorded[denoiser.component]
         flows = flows_of(denoiser, lambda d=denoiser, c=calls[0]: c.run(d.module))
@@ -107,8 +111,9 @@ def prune(
             kept = evolve(denoiser, groups, calls, decide, section.seed, notify)
         else:
             kept = decide(_scores(section, denoiser, groups, calls))
+        depth += _depth(denoiser, groups, kept, calls[0])
         artefacts |= {f"{PREFIX}{denoiser.component}.{key}": k.to(torch.int32) for key, k in kept.items()}
-    section = dataclasses.replace(section, flows=tuple(flow_texts))
+    section = dataclasses.replace(section, flows=tuple(flow_texts), depth=tuple(depth))
     others = tuple(s for s in plan.pruning if not isinstance(s, Pruning))
     kept_artefacts = {n: t for n, t in plan.artefacts.items() if not n.startswith(PREFIX)}
     return dataclasses.replace(
@@ -117,6 +122,17 @@ def prune(
         artefacts=Artefacts({**kept_artefacts, **artefacts}),
         key=plan_key(denoisers),
     )
+
+
+def _depth(denoiser: Denoiser, groups: Sequence[Group], kept: Mapping[str, Tensor], call: Recorded) -> list[str]:
+    """``transformer.num_layers=6`` where only blocks go and a config can say so."""
+    cut = [g for g in groups if g.key in kept]
+    if not cut or any(g.kind != "block" for g in cut):
+        return []
+    with ExitStack() as undo:
+        remove_units(denoiser, cut, kept, Originals("device", undo), undo)
+        config = plain_config(denoiser, lambda: call.run(denoiser.module))
+    return [f"{denoiser.component}.{name}={value}" for name, value in config.items()]
 
 
 def _scores(section: Pruning, denoiser: Denoiser, groups: Sequence[Group], calls: Sequence[Recorded]) -> Scores:

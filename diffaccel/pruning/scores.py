@@ -102,15 +102,15 @@ def replacement_scores(denoiser: Denoiser, groups: Sequence[Group], calls: Seque
     with torch.no_grad(), Masks(denoiser.module, groups) as masks:
         whole = [output_tensors(call.run(denoiser.module)) for call in calls]
         for group in groups:
-            change = torch.zeros(group.units)
+            changes = torch.zeros(group.units)
             for unit in range(group.units):
                 masks.set({group.key: (torch.arange(group.units) != unit).float()})
                 for call, before in zip(calls, whole, strict=True):
-                    change[unit] += change(output_tensors(call.run(denoiser.module)), before) / len(calls)
+                    changes[unit] += change(output_tensors(call.run(denoiser.module)), before) / len(calls)
             masks.set({group.key: None})
             index = position(group, order)
             weight = 1.0 if index is None else float(torch.tensor(1 - index / max(len(order), 1)).exp())
-            scores[group.key] = change * weight
+            scores[group.key] = changes * weight
     return scores
 
 

@@ -38,6 +38,8 @@ class Pruning(Section):
         protect: share of the blocks, from the first, that is not touched: they decide what the picture becomes.
         seed: of ``random`` and ``evolution``.
         flows: filled by `diffaccel.prune`: how the outputs of blocks and attentions go on.
+        depth: likewise: what a config says of a model with fewer blocks, where that is all that changes. Such a model,
+            baked and saved, loads without diffaccel.
     """
 
     technique: ClassVar[str] = "pruning"
@@ -51,6 +53,7 @@ class Pruning(Section):
     protect: float = 0.0
     seed: int = 0
     flows: tuple[str, ...] = ()
+    depth: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_number("ratio", 0, 0.95, open_low=True)

@@ -82,13 +82,14 @@ def _mismatch(denoiser: Denoiser, groups: Sequence[Group], call: Callable[[], An
             removed = output_tensors(call())
         except Exception as error:  # whatever a forward makes of other sizes
             return f"its forward does not work with other sizes ({type(error).__name__}: {error})"[:300]
-    distance = _relative(removed, masked)
+    distance = relative(removed, masked)
     if not distance <= TOLERANCE.get(dtype, _COARSE):
         return f"removing differs from masking by {distance:.1e}, relative"
     return None
 
 
-def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Relative Euclidean distance of ``a`` from ``b``; infinite where shapes differ."""
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     left, right = (torch.cat([t.detach().flatten().double() for t in ts]) for ts in (a, b))
