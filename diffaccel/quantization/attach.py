@@ -21,7 +21,7 @@ from diffaccel.quantization.eligible import form_at, parameter_users, refuse_fus
 from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
 from diffaccel.quantization.linear import become_plain, become_quantized
 from diffaccel.quantization.policy import PolicyPhase, StepPolicy, policy_of
-from diffaccel.quantization.prepare import prepare, runs_of
+from diffaccel.quantization.prepare import learnt_key, prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
 from diffaccel.quantization.rotation import block_size
 from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
@@ -89,7 +89,15 @@ def _check_encoder(section: Quantize, site: Site, context: Context) -> None:
 
 
 def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
-    static = form_at(section, site).scheme.activations == "static"
+    form = form_at(section, site)
+    static = form.scheme.activations == "static"
+    if form.conditioning.learnt:
+        known = channels_of(context.artefacts, site)
+        if known is None or not known.learnt(learnt_key(form)):
+            raise PlanError(
+                f"Quantize(rounding='learnt'): this plan holds no such weight of {site.full_name}; get it by "
+                "plan = diffaccel.learn_rounding(pipe, plan, prompts=[...]), or use rounding='nearest'"
+            )
     if not section.needs_calibration or not (static or isinstance(site.module, nn.Linear)):
         return
     channels = channels_of(context.artefacts, site)

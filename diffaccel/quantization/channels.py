@@ -62,6 +62,16 @@ class Channels:
         overall = torch.stack([limits[seen, 0].amin(), limits[seen, 1].amax()])
         return torch.where(seen[:, None], limits, overall)
 
+    def learnt(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a weight whose rounding was learnt, by name; none where it was not; see `learnt_key`."""
+        prefix = f"{self._name}.learnt.{key}."
+        return {name.removeprefix(prefix): t for name, t in self._artefacts.items() if name.startswith(prefix)}
+
+    @property
+    def measured(self) -> bool:
+        """Whether the squares were measured."""
+        return f"{self._name}.squares" in self._artefacts
+
     @property
     def limited(self) -> bool:
         """Whether least and largest values were measured."""
@@ -75,7 +85,8 @@ class Channels:
 
 def channels_of(artefacts: Artefacts, site: Site) -> Channels | None:
     """What was measured at ``site``, or None."""
-    return Channels(artefacts, site) if f"{PREFIX}.{site.full_name}.squares" in artefacts else None
+    name = f"{PREFIX}.{site.full_name}."
+    return Channels(artefacts, site) if any(known.startswith(name) for known in artefacts) else None
 
 
 class ChannelRecorder:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,29 @@ def prepare(
     return tensors
 
 
+@dataclass(frozen=True)
+class Learnable:
+    """A weight whose rounding is to be learnt: see `diffaccel.quantization.rounding.Rounding`."""
+
+    weight: Tensor
+    tensors: dict[str, Tensor]
+    run: Run
+
+
+def learnable(weight: Tensor, steps: Steps, form: Form, channels: Channels | None) -> Learnable:
+    """Of ``weight`` [N, K], as ``form`` conditions it at ``steps``, with what rounding to nearest makes of it."""
+    (store,) = _stores(((steps, form),), weight.shape)
+    rest, importance, extras = _conditioned(weight.detach().float(), store, [steps], channels, _half(weight.dtype))
+    (run,) = store.runs
+    return Learnable(rest, KINDS[store.kind].quantize(rest, store.group, importance) | extras, run)
+
+
+def learnt_key(form: Form) -> str:
+    """By which artefacts tell learnt weights of one site apart."""
+    scheme = replace(form.scheme, activations="float")  # which do not matter for the weight
+    return re.sub(r"[^A-Za-z0-9.]+", "_", Form(scheme, form.conditioning).label)
+
+
 def _stores(schedule: Schedule, shape: Sequence[int]) -> list[_Store]:
     """Forms with the same conditioning share a weight; int8 beside int4 in groups makes a nested one."""
     forms = list(dict.fromkeys(form for _, form in schedule if form is not None))
@@ -67,7 +91,7 @@ def _stores(schedule: Schedule, shape: Sequence[int]) -> list[_Store]:
     for conditioning in dict.fromkeys(form.conditioning for form in forms):
         schemes = [form.scheme for form in forms if form.conditioning == conditioning]
         groups = [s.group for s in schemes if s.weights == "int4" and s.group]
-        nests = groups[0] if groups and any(s.weights == "int8" for s in schemes) else None
+        nests = groups[0] if groups and not conditioning.learnt and any(s.weights == "int8" for s in schemes) else None
         kinds: dict[tuple[str, int | None], list[Scheme]] = {}
         for scheme in schemes:
             nested = nests and (scheme.weights == "int8" or (scheme.weights == "int4" and scheme.group == nests))
@@ -88,6 +112,18 @@ def _reads(form: Form, store: _Store) -> bool:
 def _prepare(
     weight: Tensor, store: _Store, ranges: Sequence[Steps], channels: Channels | None, half: torch.dtype
 ) -> dict[str, Tensor]:
+    if store.conditioning.learnt:
+        assert channels is not None
+        learnt = channels.learnt(learnt_key(Form(store.runs[0].scheme, store.conditioning)))
+        return {name: tensor.to(weight.device) for name, tensor in learnt.items()}
+    weight, importance, extras = _conditioned(weight, store, ranges, channels, half)
+    return KINDS[store.kind].quantize(weight, store.group, importance) | extras
+
+
+def _conditioned(
+    weight: Tensor, store: _Store, ranges: Sequence[Steps], channels: Channels | None, half: torch.dtype
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """What is left of ``weight`` to round, how much each column of it matters, the tensors of its conditioning."""
     how, kind = store.conditioning, KINDS[store.kind]
     columns, rotated = weight.shape[1], store.runs[0].rotated
     before = random_signs(columns, weight.device) if rotated else None
@@ -106,7 +142,12 @@ def _prepare(
     if any(run.scheme.activations == "static" for run in store.runs):
         assert channels is not None
         extras["act_limits"] = channels.limits(before).to(weight)
-    importance = None if channels is None else _importance(channels.squares(ranges).to(weight), before, after, rotated)
+    known = channels is not None and channels.measured
+    importance = (
+        None
+        if channels is None or not known
+        else _importance(channels.squares(ranges).to(weight), before, after, rotated)
+    )
     if how.low_rank:
         coarsest = min(store.runs, key=lambda run: run.scheme.bits)
 
@@ -116,7 +157,7 @@ def _prepare(
         up, down = low_rank(weight, how.low_rank, half, rounded, how.refine)
         weight = weight - up.float() @ down.float()
         extras |= {"up": up, "down": down}
-    return kind.quantize(weight, store.group, importance) | extras
+    return weight, importance, extras
 
 
 def _importance(squares: Tensor, before: Tensor | None, after: Tensor | None, rotated: bool) -> Tensor:

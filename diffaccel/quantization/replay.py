@@ -104,12 +104,12 @@ class Recorder:
         given: list[tuple[Any, Any]] = []
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given[:] = [(_copy(args), _copy(kwargs))]  # the forward may write into its inputs
+            given[:] = [(copied(args), copied(kwargs))]  # the forward may write into its inputs
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             now, (args, kwargs) = self._now, given.pop()
             if now is not None and now.steps and self._wanted(now):
-                output = _tensors(output)
+                output = floating(output)
                 self.calls.append(Recorded(denoiser.component, now.step, now.steps, args, kwargs, output))
 
         self._undo.callback(denoiser.module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -126,7 +126,7 @@ def errors(calls: Sequence[Recorded], context: Context, *, batched: bool = False
     modules = {d.component: d.module for d in context.denoisers}
     for call in calls:
         context.clock.start(call.steps, call.step)
-        output = _tensors(modules[call.component](*_copy(call.args), **_copy(call.kwargs)))
+        output = floating(modules[call.component](*copied(call.args), **copied(call.kwargs)))
         text = math.nan
         if batched:
             text = _relative([_difference(t) for t in call.output], [_difference(t) for t in output])
@@ -144,11 +144,12 @@ def _difference(batched: Tensor) -> Tensor:
     return conditional - unconditional
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """Copies of the floating tensors of a forward's result."""
+def floating(output: Any, *, detach: bool = True) -> list[Tensor]:
+    """The floating tensors of a forward's result, copied unless gradients are to flow through them."""
     leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [leaf.detach().clone() for leaf in leaves]
+    return [leaf.detach().clone() for leaf in leaves] if detach else leaves
 
 
-def _copy(values: Any) -> Any:
+def copied(values: Any) -> Any:
+    """``values`` with a copy of every tensor in them."""
     return pytree.tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, values)

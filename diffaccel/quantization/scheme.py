@@ -11,6 +11,7 @@ from dataclasses import dataclass
 WEIGHTS = ("int8", "int4", "fp8")
 ACTIVATIONS = ("int8", "static", "fp8", "float")
 ORDERS = ("balance", "rotate")
+ROUNDINGS = ("nearest", "learnt")
 
 _BITS = {"int8": 8, "int4": 4, "fp8": 8}
 
@@ -61,6 +62,7 @@ class Conditioning:
         low_rank: rank of the part of the weight that stays in 16 bits.
         refine: how often the low-rank part is fitted again to what rounding left.
         protect: whether constant outlying tokens of the text are computed once in full precision.
+        learnt: whether the weight's rounding is learnt, see `diffaccel.quantization.rounding`.
     """
 
     balance: float | None = None
@@ -69,6 +71,7 @@ class Conditioning:
     low_rank: int = 0
     refine: int = 0
     protect: bool = False
+    learnt: bool = False
 
     @property
     def label(self) -> str:
@@ -79,7 +82,8 @@ class Conditioning:
             parts.reverse()
         if self.low_rank:
             parts.append(f"rank {self.low_rank}")
-        return ", ".join([*parts, "protected tokens"] if self.protect else parts)
+        parts = [*parts, "protected tokens"] if self.protect else parts
+        return ", ".join([*parts, "learnt rounding"] if self.learnt else parts)
 
 
 @dataclass(frozen=True)

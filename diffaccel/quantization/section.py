@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from diffaccel.errors import PlanError
 from diffaccel.plan import Section, section_type
-from diffaccel.quantization.scheme import ACTIVATIONS, ORDERS, WEIGHTS, Conditioning, Form, Scheme
+from diffaccel.quantization.scheme import ACTIVATIONS, ORDERS, ROUNDINGS, WEIGHTS, Conditioning, Form, Scheme
 
 GROUPS = (32, 64, 128)
 
@@ -47,6 +47,8 @@ class Quantize(Section):
         refine: how often the low-rank part is fitted again to what rounding left (SVDQuant's code); the best is kept.
         protect: compute constant outlying tokens of the text, such as CLIP's first, once in full precision (MixDQ's
             BOS-aware quantization, arXiv:2405.17873). Needs `diffaccel.calibrate`, which finds them.
+        rounding: ``nearest``, or ``learnt`` block by block so that the blocks' outputs stay (AdaRound,
+            arXiv:2004.10568; QuantVGGT, arXiv:2509.21302): int8 and int4, needs `diffaccel.learn_rounding`.
         steps: range of progress in which the quantized form runs; the full schedule by default.
     """
 
@@ -63,6 +65,7 @@ class Quantize(Section):
     low_rank: int = 0
     refine: int = 0
     protect: bool = False
+    rounding: str = "nearest"
     steps: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -99,6 +102,9 @@ class Quantize(Section):
             )
         self._check_number("low_rank", 0, 4096, whole=True)
         self._check_number("refine", 0, 100, whole=True)
+        self._check_choice("rounding", ROUNDINGS)
+        if self.rounding == "learnt" and self.weights == "fp8":
+            raise PlanError("Quantize: rounding is learnt for int8 and int4 weights, got fp8; use rounding='nearest'")
         self._check_steps(self.steps)
 
     @property
@@ -121,5 +127,6 @@ class Quantize(Section):
                 self.low_rank,
                 self.refine if self.low_rank else 0,
                 self.protect,
+                self.rounding == "learnt",
             ),
         )
