@@ -79,7 +79,9 @@ def calibrate(
     found: dict[str, Tensor] = {}
     if quantized:
         settings = [key, [s.to_dict() for s in quantized], requests, call]
-        found |= _channels(pipe, quantized, requests, call, Checkpoint(folder, settings) if folder else None)
+        pruned = Plan(pruning=plan.pruning, artefacts=plan.artefacts)  # what is left is what gets quantized
+        settings += [{n: t.tolist() for n, t in plan.artefacts.items()}] if plan.pruning else []
+        found |= _channels(pipe, pruned, quantized, requests, call, Checkpoint(folder, settings) if folder else None)
         plan = dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}))
     if cached:
         assert isinstance(plan.caching, StepCache)
@@ -97,14 +99,15 @@ def calibrate(
 
 def _channels(
     pipe: Any,
+    pruned: Plan,
     sections: Sequence[Quantize],
     requests: Sequence[Mapping[str, Any]],
     call: Mapping[str, Any],
     checkpoint: Checkpoint | None,
 ) -> dict[str, Tensor]:
-    """What quantized linears need to know, measured on the unaccelerated pipeline."""
+    """What quantized linears need to know, measured on the unaccelerated pipeline, or on one that is only pruned."""
     done, state = checkpoint.load() if checkpoint else (0, {})
-    with _watched(pipe, Plan(), len(requests) - done) as context, ExitStack() as hooks:
+    with _watched(pipe, pruned, len(requests) - done) as context, ExitStack() as hooks:
         recorders = recorders_of(sections, context.denoisers, context.encoders)
         for recorder in recorders.values():
             hooks.callback(recorder.remove)
