@@ -313,7 +313,7 @@ def test_every_family_makes_valid_plans_from_mild_to_strong():
     from diffaccel.denoiser import find_denoisers
 
     for budget in (Budget(psnr=36), Budget(memory=0.5)):
-        families, _ = families_for(find_denoisers(pipe), budget)
+        families, _ = families_for(find_denoisers(pipe), budget, lambda name, plan: plan)
         assert len({f.name for f in families}) == len(families) >= 4
         for family in families:
             assert list(family.strengths) == sorted(family.strengths)

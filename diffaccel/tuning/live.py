@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,19 @@ class Live:
         """Say what is being tried now."""
         self._what = what
         self._draw()
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Out of the way for as long as something else draws, with ``what`` as a line of its own."""
+        if not self._live:
+            yield
+            return
+        self._live.stop()
+        self._live.console.print(Text(what, style="dim"))
+        try:
+            yield
+        finally:
+            self._live.start()
 
     def show(self, search: Search, seconds: float) -> None:
         """Show what is known by now."""

@@ -15,9 +15,7 @@ from diffaccel.plan import Artefacts, Plan
 from diffaccel.quantization.section import Quantize
 from diffaccel.quantization.worth import worth_it
 from diffaccel.tuning.budget import Budget
-
-_FEW_TOKENS = 512
-"""With fewer, sparse attention has too few blocks to leave any out."""
+from diffaccel.tuning.calibrations import Calibrated
 
 
 @dataclass(frozen=True)
@@ -108,13 +106,20 @@ def excludes(one: Option, other: Option) -> bool:
     return False
 
 
-def families_for(denoisers: Iterable[Denoiser], budget: Budget) -> tuple[list[Family], list[str]]:
+def families_for(
+    denoisers: Iterable[Denoiser], budget: Budget, calibrated: Calibrated
+) -> tuple[list[Family], list[str]]:
     """The families worth trying on these denoisers under this budget, and what was left out and why.
 
     Only what structure and kernels can tell is decided here; all else is for the trials to find out.
+
+    Args:
+        denoisers: of the pipeline.
+        budget: of the tuning.
+        calibrated: calibrates a plan when one of its options is first tried.
     """
     denoisers = tuple(denoisers)
-    families = [_step_cache("cache", granularity="root", policy="easy"), _guidance()]
+    families = [_schedule(calibrated), _step_cache("cache", granularity="root", policy="easy"), _guidance()]
     notes = []
     if all(denoiser.blocks for denoiser in denoisers):
         families.append(_step_cache("block-stack cache", granularity="stack", policy="sea"))
@@ -141,6 +146,17 @@ def _step_cache(name: str, **settings: Any) -> Family:
         return Plan(caching=StepCache(threshold=threshold, **settings))
 
     return Family(name, "caching", make, (0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4), continuous=True)
+
+
+def _schedule(calibrated: Calibrated) -> Family:
+    """Static schedules first: they compile, and where they lose nothing they are preferred."""
+    section = StepCache(policy="schedule", forecast="fitted", share=0.5)
+
+    def make(skipped: float) -> Plan:
+        plan = calibrated("schedule", Plan(caching=section))
+        return replace(plan, caching=replace(section, share=1 - skipped), key=None, name="")
+
+    return Family("schedule", "caching", make, (0.3, 0.4, 0.5, 0.6, 0.7), continuous=True)
 
 
 def _guidance() -> Family:

@@ -20,6 +20,7 @@ from diffaccel.key import plan_key
 from diffaccel.pipelines.tasks import makes_video
 from diffaccel.plan import Plan
 from diffaccel.tuning.budget import Budget
+from diffaccel.tuning.calibrations import Calibrations
 from diffaccel.tuning.live import Live
 from diffaccel.tuning.page import write_page
 from diffaccel.tuning.result import Tuning, write_plans
@@ -102,15 +103,16 @@ def run(
     split = Split.of(prompts_of(jobs), seed)
     measures = _measures(budget, prompts, bundled=bundled, video=makes_video(pipe))
     denoisers = find_denoisers(pipe)
-    notes: list[str] = []
-    if families is None:
-        families, notes = families_for(denoisers, budget)
-    settings = _settings(pipe, prompts, seeds, calls, budget, seed, families)
-    store = Store(folder, settings)
+    store = Store(folder, _settings(pipe, prompts, seeds, calls, budget, seed, families))
     tuned_for = {"calls": plain(calls), "scheduler": type(getattr(pipe, "scheduler", None)).__name__}
     key = {**plan_key(denoisers), "tuned": tuned_for}
     try:
         with quiet(pipe), Live(budget, minutes, visible=progress) as live:
+            notes: list[str] = []
+            if families is None:
+                of_search = [jobs[i] for i in split.search]
+                calibrations = Calibrations(pipe, of_search, calls, store, live.aside)
+                families, notes = families_for(denoisers, budget, calibrations)
             trials = Trials(pipe, jobs, calls, store, measures, live.doing)
 
             def watch(search: Search) -> None:
@@ -166,7 +168,7 @@ def _settings(
     calls: Mapping[str, Any],
     budget: Budget,
     seed: int,
-    families: Sequence[Family],
+    families: Sequence[Family] | None,
 ) -> dict[str, Any]:
     """What must be equal for trials to belong together."""
     base = Request(pipe, {}, prompts, seeds, calls, (), 1, 1, False).settings()
@@ -175,7 +177,7 @@ def _settings(
         "format": FORMAT,
         "tuning": budget.to_dict(),
         "seed": seed,
-        "families": {f.name: list(f.strengths) for f in families},
+        "families": {f.name: list(f.strengths) for f in families or ()} or "all that fit",
         **{name: base[name] for name in kept},
     }
 
