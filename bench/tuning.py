@@ -1,10 +1,10 @@
 """Does a tuned plan keep its budget, and what does it gain? Plans are tuned on tuning prompts, judged on held-out ones.
 
-    python bench/tuning.py                                    # both pipelines, both budgets, 5 seeds: some hours on 2 cores
+    python bench/tuning.py                     # both pipelines, both budgets, 5 seeds: some hours on 2 cores
     python bench/tuning.py --model video --budget 40,30 --seeds 2 --minutes 10 --held-out 32
-    python bench/tuning.py --model image --budget 36,26 --resolves 50    # and what other draws of the prompts would choose
+    python bench/tuning.py --model image --budget 36,26 --resolves 50    # and what other draws would choose
 
-A budget is mean PSNR, PSNR of the worst tenth. Each plan stands beside fewer steps at the same time (from `compare`) and
+A budget is mean PSNR, PSNR of the worst tenth. Each plan stands beside fewer steps at its time (from `compare`) and
 beside the best plan of a single technique that the same trials found. All is kept in --folder and resumes there.
 """
 
