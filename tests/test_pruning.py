@@ -9,9 +9,22 @@ import torch
 from test_any_denoiser import change, equal, run
 from torch import nn
 from zoo import ZOO
+from zoo_pipelines import PIPELINES
 
-from diffaccel import DiffAccelError, LowRank, Plan, PlanError, Pruning, Quantize, StepCache, accelerate, prune
+from diffaccel import (
+    DiffAccelError,
+    LowRank,
+    Plan,
+    PlanError,
+    Pruning,
+    Quantize,
+    StepCache,
+    accelerate,
+    calibrate,
+    prune,
+)
 from diffaccel.denoiser import Denoiser, find_denoisers
+from diffaccel.distillation.lora import add_lora
 from diffaccel.originals import Originals
 from diffaccel.pruning.attach import all_groups
 from diffaccel.pruning.blocks import flows_of
@@ -323,3 +336,58 @@ def test_a_failure_further_on_puts_everything_back():
         accelerate(model, dataclasses.replace(plan, quantization=[Quantize(sites="nothing")]))
     assert equal(run(specimen, model, 1), before)
     accelerate(model, plan).remove()
+
+
+@pytest.mark.filterwarnings("ignore:diffaccel")
+def test_what_is_left_is_calibrated_and_quantized():
+    """Balanced channels of a pruned model: those of the neurons that stay."""
+    specimen = PIPELINES["pixart_sigma"]
+    pipe = specimen.build()
+    before = specimen.call(pipe, steps=2)
+    call = {k: v for k, v in specimen.arguments(steps=2).items() if k not in ("generator", "prompt", "output_type")}
+    plan = prune(pipe, Pruning(ratio=0.15, method="magnitude"), prompts=["a red circle"], **call)
+    plan = dataclasses.replace(plan, quantization=[Quantize(balance=0.5)])
+    plan = calibrate(pipe, plan, prompts=["a red circle"], **call)
+    widths = {len(t) for n, t in plan.artefacts.items() if "ff.net.2" in n and not n.startswith("pruning.")}
+    assert widths and max(widths) <= 256 and any(w < 256 for w in widths)
+    with accelerate(pipe, plan) as accel:
+        assert torch.isfinite(specimen.call(pipe, steps=2)).all()
+        assert [t.technique for t in accel.report().techniques] == ["pruning", "quantization"]
+    assert torch.equal(specimen.call(pipe, steps=2), before)
+
+
+def test_ways_of_running(tmp_path):
+    """A dtype that changes while attached, layerwise casting, offloading by group, a LoRA, compiled, from disk."""
+    specimen = ZOO["pixart_sigma"]
+    plan = _pruned(specimen, specimen.build())
+    model = specimen.build().to(torch.bfloat16)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with accelerate(model, dataclasses.replace(plan, key=None)):
+        assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+        model.to(torch.float32)  # what comes back follows
+    assert all(torch.equal(t, state[n].float()) for n, t in model.state_dict().items())
+
+    model = specimen.build()
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    before = run(specimen, model, 1)
+    with accelerate(model, dataclasses.replace(plan, key=None)):
+        assert all(torch.isfinite(t).all() for t in run(specimen, model, 1)[0])
+    assert equal(run(specimen, model, 1), before)
+
+    model = specimen.build()
+    model.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(PlanError, match="offload"):
+        accelerate(model, plan)
+    model = specimen.build()
+    add_lora(Denoiser.of(model, "transformer"), 4, "ff.out", 0)
+    with pytest.raises(PlanError, match="LoRA"):
+        accelerate(model, dataclasses.replace(plan, key=None))
+
+    model = specimen.build()
+    before = run(specimen, model, 1)
+    whole = _pruned(specimen, model, units="block sublayer", method="random")
+    with accelerate(model, whole, originals="disk"):
+        compiled = torch.compile(model, backend="eager")
+        outputs = [specimen.outputs(m(**specimen.inputs())) for m in (compiled, model)]
+        assert relative(*outputs) < 1e-5
+    assert equal(run(specimen, model, 1), before)

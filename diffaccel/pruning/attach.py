@@ -44,7 +44,7 @@ def resolve(sections: Sequence[Section], context: Context) -> Resolved:
     cuts: dict[str, tuple[list[Group], dict[str, Tensor]]] = {}
     if pruned:
         for denoiser in context.denoisers:
-            _refuse_group_offload(denoiser)
+            _refuse_wrapped(denoiser)
             begin = f"{PREFIX}{denoiser.component}."
             kept = {n.removeprefix(begin): t.long() for n, t in context.artefacts.items() if n.startswith(begin)}
             groups = all_groups(denoiser, tuple({k.partition(":")[0] for k in kept}), flows_in(pruned[0], denoiser))
@@ -181,7 +181,11 @@ def _check(denoiser: Denoiser, known: Mapping[str, Group], kept: Mapping[str, Te
             )
 
 
-def _refuse_group_offload(denoiser: Denoiser) -> None:
+def _refuse_wrapped(denoiser: Denoiser) -> None:
+    if any("base_layer" in site.name.split(".") for site in denoiser.layers):
+        raise PlanError(
+            f"{denoiser.component} has a LoRA adapter; merge it (fuse_lora, unload_lora_weights) before pruning"
+        )
     hooks = getattr(getattr(denoiser.module, "_diffusers_hook", None), "hooks", {})
     if any("group_offload" in name for name in hooks):
         raise PlanError(
