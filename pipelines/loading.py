@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _DTYPES = {
     "fp16": torch.float16,
 }
 _INDEX = "model_index.json"
+_DEFAULTS = "diffaccel_call.json"
 
 
 def load(
@@ -61,13 +63,31 @@ def load(
         defaults = dict(source.call)
         pipe = _from_pretrained(str(source.path), name, {**options, "local_files_only": True})
     elif _is_folder(name):
-        pipe = _from_pretrained(str(_checked_folder(Path(name).expanduser())), name, options)
+        folder = _checked_folder(Path(name).expanduser())
+        defaults = _defaults_in(folder)
+        pipe = _from_pretrained(str(folder), name, options)
     else:
         pipe = _from_pretrained(name, name, options)
     wrapped = Wrapped(pipe.to(device), name=name, defaults=defaults)
     if plan is not None:
         wrapped.accelerate(plan, originals=originals)
     return wrapped
+
+
+def save(wrapped: Wrapped, folder: str | os.PathLike[str]) -> None:
+    """Write a pipeline as diffusers does, and beside it the arguments that its calls need, which `load` reads again."""
+    wrapped.pipe.save_pretrained(folder)
+    (Path(folder) / _DEFAULTS).write_text(json.dumps(wrapped.defaults, indent=2))
+
+
+def _defaults_in(folder: Path) -> dict[str, Any]:
+    """What `save` wrote; nothing in a folder that diffusers wrote."""
+    try:
+        return dict(json.loads((folder / _DEFAULTS).read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{folder / _DEFAULTS} is damaged ({error}); delete it, or save the pipeline again") from None
 
 
 def _is_folder(name: str) -> bool:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from diffaccel.cli import compare, doctor, evaluate, generate, inspect, selftest, tune
+from diffaccel.cli import compare, distill, doctor, evaluate, generate, inspect, prune, selftest, tune
 from diffaccel.cli.console import fail
 from diffaccel.errors import DiffAccelError
 
@@ -23,6 +23,8 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("tune", epilog=tune.EXAMPLES)(tune.tune)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("prune", epilog=prune.EXAMPLES)(prune.prune)
+app.command("distill", epilog=distill.EXAMPLES)(distill.distill)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("selftest", epilog=selftest.EXAMPLES)(selftest.selftest)
