@@ -11,6 +11,7 @@ from zoo_pipelines import PIPELINES
 from diffaccel import Plan, PlanError, Quantize, accelerate
 from diffaccel.quantization.allocation import BUDGETS, Allocation, allocate, allocate_in_groups, ambiguous, closed_form
 from diffaccel.quantization.heatmap import draw
+from diffaccel.quantization.replay import Recorder, at_work, errors, guided
 from diffaccel.quantization.sensitivities import Sensitivities, load_sensitivities, regroup, sharpen
 from diffaccel.quantization.sensitivity import WAYS, measure
 
@@ -173,6 +174,25 @@ def test_measured_on_a_pipeline(way):
         with pytest.raises(PlanError, match="already accelerated"):
             measure(pipe, [WIDE], [call])
     assert unchanged(pipe.transformer, start) and len(done) >= 8
+
+
+def test_errors_are_those_of_what_guidance_makes_of_the_halves():
+    """Shared by both halves an error stays, of one half it grows by the scale, and by what the text changes."""
+    pipe = PIPELINES["pixart_sigma"].build()
+    call = PIPELINES["pixart_sigma"].arguments(steps=2)
+    with at_work(pipe) as context:
+        recorder = Recorder(context, lambda call: call.step == 0)
+        pipe(**call)
+        recorder.remove()
+        (recorded,) = recorder.calls
+        y = recorded.output[0]
+        halves = torch.tensor([1.0, 0.0]).repeat_interleave(len(y) // 2).view(-1, 1, 1, 1)
+        energy = guided(y.double(), 3.0).square().sum()
+        for wrong, factor in ((torch.ones_like(y), 1.0), (halves * torch.ones_like(y), 2.0), (1 - halves + 0 * y, 3.0)):
+            off = replace(recorded, output=[y + 1e-3 * wrong])
+            (error,) = errors([off], context, batched=True, guidance=3.0)
+            assert error.output == pytest.approx(float((1e-3 * factor) ** 2 * y.numel() / 2 / energy), rel=1e-2)
+            assert next(errors([off], context, batched=True)).output < 2e-6 * y.numel() / y.square().sum()
 
 
 def test_bad_arguments_of_a_measurement():

@@ -117,20 +117,33 @@ class Recorder:
 
 
 @torch.no_grad()
-def errors(calls: Sequence[Recorded], context: Context, *, batched: bool = False) -> Iterator[Error]:
+def errors(
+    calls: Sequence[Recorded], context: Context, *, batched: bool = False, guidance: float = 1.0
+) -> Iterator[Error]:
     """Of each call made again; what depends on the step follows.
 
     Args:
         batched: whether a call holds both halves of guidance, the unconditional one first.
+        guidance: its scale, with which the halves' outputs are put together before they are compared; 1 compares them
+            as they are. Errors that both halves share stay as they are, independent ones grow by scale^2 + (scale-1)^2.
     """
     modules = {d.component: d.module for d in context.denoisers}
     for call in calls:
         context.clock.start(call.steps, call.step)
         output = floating(modules[call.component](*copied(call.args), **copied(call.kwargs)))
-        text = math.nan
+        text, expected = math.nan, call.output
         if batched:
-            text = _relative([_difference(t) for t in call.output], [_difference(t) for t in output])
-        yield Error(_relative(call.output, output), text)
+            text = _relative([_difference(t) for t in expected], [_difference(t) for t in output])
+            expected, output = ([guided(t, guidance) for t in tensors] for tensors in (expected, output))
+        yield Error(_relative(expected, output), text)
+
+
+def guided(batched: Tensor, scale: float) -> Tensor:
+    """The halves of a batch put together by guidance of this scale; as they are for 1."""
+    if scale == 1:
+        return batched
+    unconditional, conditional = batched.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def _relative(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
