@@ -50,14 +50,13 @@ def average_bits(allocation: Allocation, steps: int) -> float:
 
 def searched(found: Sensitivities, bits: float, *, constant: bool) -> dict[str, Allocation]:
     """By name, the plans to try; those that come out alike once."""
-    ranges = (
-        [1] if constant else [n for n in (len(found.ranges), len(found.ranges) // 2, len(found.ranges) // 4) if n > 1]
-    )
+    total = len(found.ranges)
+    ranges = [1] if constant else [n for n in (total, total // 2, total // 4) if n > 1 and total % n == 0]
     plans: dict[str, Allocation] = {}
     for count in ranges:
         for power in POWERS:
             weighted = replace(found, shows=found.shows**power)
-            coarse = regroup(weighted, len(found.ranges) // (len(found.ranges) // count))
+            coarse = regroup(weighted, count)
             allocation = allocate(coarse, budget=bits, kind="bits")
             if all(allocation.sections != other.sections for other in plans.values()):
                 plans[f"{bits:g} bits, {'constant' if constant else f'{count} ranges'}, power {power:g}"] = allocation
