@@ -83,7 +83,7 @@ def test_a_partial_or_foreign_save_is_refused(tmp_path):
         with pytest.raises(ModelError, match=match):
             cls.from_pretrained(tmp_path)
     body = json.loads(text)
-    body["quantization_config"]["saved"][0]["tensors"].append("before")
+    body["quantization_config"]["saved"][0]["tensors"]["before"] = "float16"
     file.write_text(json.dumps(body))
     with pytest.raises(ModelError, match="only a part"):
         cls.from_pretrained(tmp_path)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from diffaccel.errors import ModelError
 from diffaccel.quantization.layer import SAVED, QuantizedLayer
@@ -17,10 +18,17 @@ from diffaccel.quantization.stored import KINDS, Run
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """How a layer runs, and the names of the tensors that a file has of it."""
+    """How a layer runs, and what a file has of it: names of tensors with their dtypes, such as ``uint8``."""
 
     run: Run
-    tensors: tuple[str, ...]
+    tensors: tuple[tuple[str, str], ...]
+
+    def empty(self) -> dict[str, Tensor]:
+        """Tensors without elements, on the meta device, for what is still to be read.
+
+        Of the dtypes of the file, since diffusers casts what it reads to the dtype of what stands there.
+        """
+        return {name: torch.empty(0, dtype=getattr(torch, dtype), device="meta") for name, dtype in self.tensors}
 
 
 def describe(model: nn.Module, *, native: bool = False) -> list[dict[str, Any]]:
@@ -35,13 +43,14 @@ def describe(model: nn.Module, *, native: bool = False) -> list[dict[str, Any]]:
             run = layer.saved_run
             rounding = [r for r in layer.runs if r.suffix == run.suffix and r.scheme.activations != "float"]
             run = rounding[0] if native and rounding else run
-            layers[SavedLayer(replace(run, suffix=""), tuple(layer.saved()))].append(name)
+            tensors = ((n, str(tensor.dtype).removeprefix("torch.")) for n, tensor in layer.saved().items())
+            layers[SavedLayer(replace(run, suffix=""), tuple(tensors))].append(name)
     entries = []
     for layer, names in layers.items():
         run = layer.run
         words = {"kind": run.kind, **asdict(run.scheme), "stored_group": run.group, "rotated": run.rotated}
         said = {name: value for name, value in words.items() if value not in (None, False)}
-        entries.append({**said, "tensors": list(layer.tensors), "layers": names})
+        entries.append({**said, "tensors": dict(layer.tensors), "layers": names})
     return entries
 
 
@@ -56,8 +65,11 @@ def saved_layers(entries: Iterable[Mapping[str, Any]]) -> dict[str, SavedLayer]:
                 raise KeyError(run.kind)
             if unknown := set(entry["tensors"]) - set(SAVED):
                 raise KeyError(*sorted(unknown))
-            layers |= dict.fromkeys(entry["layers"], SavedLayer(run, tuple(entry["tensors"])))
-        except (KeyError, TypeError) as error:
+            for dtype in entry["tensors"].values():
+                if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                    raise KeyError(dtype)
+            layers |= dict.fromkeys(entry["layers"], SavedLayer(run, tuple(entry["tensors"].items())))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"config.json's quantization_config has an entry that this diffaccel does not know ({error}): save the "
                 "model again with this version, or install the one that wrote it"
