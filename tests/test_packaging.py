@@ -41,6 +41,18 @@ def test_every_asset_that_code_reads_is_shipped():
     assert not any("make" in file.relative_to(assets).parts for file in shipped)
 
 
+def test_every_file_beside_the_code_that_code_reads_is_shipped():
+    """Templates and kernels' sources: an editable install finds them anyhow."""
+    for base in ("diffaccel", "kernels", "pipelines", "eval"):
+        for file in (ROOT / base).rglob("*"):
+            if file.is_dir() or file.suffix in (".py", ".pyc"):
+                continue
+            parts = file.parent.relative_to(ROOT).parts
+            package = ".".join(parts if base == "diffaccel" else ("diffaccel", *parts))
+            patterns = SETUPTOOLS["package-data"].get(package, [])
+            assert any(file.match(pattern) for pattern in patterns), f"{file.relative_to(ROOT)} is in no wheel"
+
+
 def test_the_wheel_stays_small():
     sizes = [f.stat().st_size for f in (ROOT / "assets").glob("shapes-*/**/*") if f.is_file()]
     assert sum(sizes) < 80e6
