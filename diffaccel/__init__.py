@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffaccel.distillation.distill import distill
     from diffaccel.pruning.prune import prune
     from diffaccel.quantization.config import DiffAccelConfig
+    from diffaccel.quantization.nunchaku import export_nunchaku
     from diffaccel.quantization.reconstruct import learn_rounding
     from diffaccel.quantizing import quantize
     from diffaccel.tuning.tune import tune
@@ -57,6 +58,7 @@ __all__ = [
     "accelerate",
     "calibrate",
     "distill",
+    "export_nunchaku",
     "learn_rounding",
     "prune",
     "quantize",
@@ -68,6 +70,7 @@ _LAZY = {
     "DiffAccelConfig": "diffaccel.quantization.config",
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
+    "export_nunchaku": "diffaccel.quantization.nunchaku",
     "distill": "diffaccel.distillation.distill",
     "learn_rounding": "diffaccel.quantization.reconstruct",
     "prune": "diffaccel.pruning.prune",
