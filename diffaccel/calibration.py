@@ -16,6 +16,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from diffaccel.attach import accelerate
+from diffaccel.attention.calibrate import calibrate_section
+from diffaccel.attention.section import BlockSparse
 from diffaccel.caching import calibrate as caching
 from diffaccel.caching.ratios import Recorder
 from diffaccel.caching.section import StepCache
@@ -67,10 +69,11 @@ def calibrate(
     plan = _as_plan(plan)
     cached = isinstance(plan.caching, StepCache) and plan.caching.needs_calibration
     quantized = [s for s in plan.quantization if isinstance(s, Quantize) and s.needs_calibration]
-    if not cached and not quantized:
+    sparse = any(isinstance(s, BlockSparse) and s.needs_calibration for s in plan.attention)
+    if not cached and not quantized and not sparse:
         raise PlanError(
             "nothing in this plan needs calibration; StepCache with policy='mag', policy='schedule' or "
-            "forecast='fitted' does, and Quantize with balance or protect"
+            "forecast='fitted' does, Quantize with balance or protect, and BlockSparse with reorder or policy='mass'"
         )
     requests = _requests(prompts)
     if isinstance(pipe, nn.Module):
@@ -82,6 +85,9 @@ def calibrate(
         pruned = Plan(pruning=plan.pruning, artefacts=plan.artefacts)  # what is left is what gets quantized
         settings += [{n: t.tolist() for n, t in plan.artefacts.items()}] if plan.pruning else []
         found |= _channels(pipe, pruned, quantized, requests, call, Checkpoint(folder, settings) if folder else None)
+        plan = dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}))
+    if sparse:
+        found |= _masks(pipe, plan, requests, call)
         plan = dataclasses.replace(plan, artefacts=Artefacts({**plan.artefacts, **found}))
     if cached:
         assert isinstance(plan.caching, StepCache)
@@ -120,6 +126,27 @@ def _channels(
             if checkpoint:
                 checkpoint.save(i, {n: t for r in recorders.values() for n, t in r.state().items()})
     return _found(pipe, recorders.values())
+
+
+def _masks(pipe: Any, plan: Plan, requests: Sequence[Mapping[str, Any]], call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Orders and masks of sparse attention, each section on the pipeline with dense attention and every step run."""
+    dense = dataclasses.replace(plan, attention=(), caching=None, guidance=None)
+    found: dict[str, Tensor] = {}
+    for index, section in enumerate(plan.attention):
+        if isinstance(section, BlockSparse) and section.needs_calibration:
+            with _watched(pipe, dense, len(requests) + 1) as context:
+
+                def run(some: Sequence[Mapping[str, Any]]) -> None:
+                    for request in some:
+                        pipe(**{**call, **request})
+
+                found |= calibrate_section(index, section, context, partial(run, requests[:1]), partial(run, requests))
+    if not found:
+        raise PlanError(
+            f"{type(pipe).__name__} made no attention call on an image while calibrating, within the steps of the "
+            "sections, that is long enough for its blocks; check the call's arguments and block_size"
+        )
+    return found
 
 
 def _ratios(
@@ -213,6 +240,8 @@ def _as_plan(plan: Plan | Section) -> Plan:
     if isinstance(plan, Section):
         if isinstance(plan, Quantize):
             return Plan(quantization=(plan,))
+        if isinstance(plan, BlockSparse):
+            return Plan(attention=(plan,))
         return Plan(caching=plan) if isinstance(plan, StepCache) else Plan()
     raise PlanError(f"calibrate needs a Plan or a section such as StepCache(policy='mag'), got {type(plan).__name__}")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffaccel.attention.layout import Layout
-from diffaccel.attention.orders import CURVES, all_order_names, order_names, token_order
+from diffaccel.attention.orders import CURVES, order_names, token_order
+from diffaccel.attention.section import ORDERS
 
 GRIDS = ((9,), (8, 8), (5, 3), (7, 12, 12), (5, 3, 4))
 
@@ -52,8 +53,9 @@ def test_curves_in_frames(curve):
 
 def test_places_in_the_list_never_change():
     """Artefacts hold them."""
-    assert all_order_names()[:11] == ("n", "hw", "wh", "morton", "hilbert", "fhw", "fwh", "hfw", "hwf", "wfh", "whf")
-    assert all_order_names()[11:] == ("f-morton", "f-hilbert", "morton-f", "hilbert-f")
+    assert ORDERS[:11] == ("n", "hw", "wh", "morton", "hilbert", "fhw", "fwh", "hfw", "hwf", "wfh", "whf")
+    assert ORDERS[11:] == ("f-morton", "f-hilbert", "morton-f", "hilbert-f")
+    assert set(ORDERS) == {name for axes in (1, 2, 3) for name in order_names(axes)}
 
 
 def test_an_order_of_another_grid_is_refused():

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from diffaccel.attention.intercept import NativeBackend, SiteHook
 from diffaccel.attention.layout import SIZES, Geometry, is_fake
-from diffaccel.attention.learn import Learned, Learner
+from diffaccel.attention.learn import Active, Learner
+from diffaccel.attention.learned import Learned
+from diffaccel.attention.patterns import PatternMaker, require_calibration
 from diffaccel.attention.record import SPARSE, AttachedAttention, Record
 from diffaccel.attention.section import BlockSparse
 from diffaccel.clock import Call
@@ -40,8 +42,9 @@ def resolve(sections: Sequence[BlockSparse], context: Context) -> Resolved:
 
     Raises:
         PlanError: a section matches no attention, or only cross-attention; or the denoiser runs ring attention, which
-            splits the keys so that no call sees all of them.
+            splits the keys so that no call sees all of them; or a section needs a calibration that the plan lacks.
     """
+    require_calibration(sections, context.artefacts)
     chosen: dict[Site, list[int]] = {}
     cross = 0
     for index, section in enumerate(sections):
@@ -73,6 +76,12 @@ def _refuse_ring(denoiser: Denoiser) -> None:
             f"{denoiser.component} runs ring attention (ring_degree={degree}), where no call sees all "
             "keys; use Ulysses (ulysses_degree), or leave attention out of the plan"
         )
+
+
+def _rank(denoiser: Denoiser) -> int:
+    """Which share of the heads a call sees under Ulysses: 0 without it."""
+    config = getattr(getattr(denoiser.module, "_parallel_config", None), "context_parallel_config", None)
+    return getattr(config, "_ulysses_local_rank", None) or 0
 
 
 def attach(resolved: Resolved, context: Context) -> AttachedAttention:
@@ -129,6 +138,7 @@ class SparseDenoiser:
             self._hooks,
             [[sections[i] for i in choice] for choice in self._choices],
             self._latents,
+            PatternMaker(sections, context.artefacts, self.sites, _rank(denoiser)),
         )
 
     @torch.compiler.disable(recursive=False)
@@ -140,7 +150,10 @@ class SparseDenoiser:
             self._known.clear()
             self._moving.clear()
             self._set = None
-        phase = tuple(in_steps(call.progress, section.steps) for section in self._sections)
+        phase = tuple(
+            section.mask_at(call.progress) if in_steps(call.progress, section.steps) else None
+            for section in self._sections
+        )
         shapes = tuple(_shape(name, value) for name, value in arguments.items() if name != self._timestep)
         key = (shapes, self._lengths(call, arguments) if shapes in self._moving else ())
         if key not in self._known:
@@ -185,12 +198,13 @@ class SparseDenoiser:
         learned = self._known[key]
         self._tally = Counter()
         for site, hook in enumerate(self._hooks):
-            section = self._active(site, phase)
-            hook.patterns = learned.patterns(site, section)
+            active = self._active(site, phase)
+            section = active[0] if active is not None else None
+            hook.patterns = learned.patterns(site, *active) if active is not None else ()
             for reason, calls in learned.dense.get(site, {}).items():
                 self._tally[reason] += calls
             for tokens, calls in learned.suitable.get(site, {}).items():
-                why = learned.why_dense(tokens, section) if section is not None else "outside its steps"
+                why = learned.why_dense(site, tokens, section) if section is not None else "outside its steps"
                 self._tally[why or SPARSE] += calls
         self.record.saw(learned)
         self._set = (key, phase)
@@ -206,9 +220,10 @@ class SparseDenoiser:
             return self._read[1][call.branch]
         return _sums(masks)
 
-    def _active(self, site: int, phase: _Phase) -> BlockSparse | None:
-        """The last section that covers the site and holds now."""
-        return next((self._sections[i] for i in reversed(self._choices[site]) if phase[i]), None)
+    def _active(self, site: int, phase: _Phase) -> Active:
+        """The last section that covers the site and holds now, and its set of masks."""
+        held = ((self._sections[i], phase[i]) for i in reversed(self._choices[site]))
+        return next(((section, masks) for section, masks in held if masks is not None), None)
 
     def _run(self, compute: Compute) -> Any:
         mode = self._root_hook.mode() if self._root_hook is not None else None
@@ -216,7 +231,7 @@ class SparseDenoiser:
             return compute()
 
 
-_Phase = tuple[bool, ...]
+_Phase = tuple[int | None, ...]
 _Key = tuple[Any, tuple[Any, ...]]
 
 _MOST_SHAPES = 32

@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from diffaccel.kernels.block_pattern import BlockPattern
 from diffaccel.kernels.block_sparse import block_sparse_attention
+from diffaccel.kernels.online_sparse import OnlinePattern, online_sparse_attention
 
-Patterns = tuple[tuple[int, BlockPattern], ...]
+Patterns = tuple[tuple[int, BlockPattern | OnlinePattern], ...]
 """The block pattern for each number of tokens; calls with other numbers stay dense."""
 
 
@@ -40,6 +41,15 @@ def unsuitable(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool) ->
     if dropout_p > 0:
         return "dropout"
     return None
+
+
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: BlockPattern | OnlinePattern, **options: Any
+) -> Tensor:
+    """One call by its pattern; ``options`` as of `block_sparse_attention`."""
+    if isinstance(pattern, OnlinePattern):
+        return online_sparse_attention(query, key, value, pattern, **options)
+    return block_sparse_attention(query, key, value, pattern, **options)
 
 
 class SparseCalls(TorchFunctionMode):
@@ -69,7 +79,7 @@ class SparseCalls(TorchFunctionMode):
         if unsuitable(query, key, dropout_p, is_causal) is None:
             for tokens, pattern in self.patterns:
                 if query.shape[-2] == tokens:
-                    return block_sparse_attention(
+                    return sparse_attention(
                         query, key, value, pattern, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
                     )
         return F.scaled_dot_product_attention(

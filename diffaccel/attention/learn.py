@@ -10,29 +10,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from diffaccel.attention.intercept import Patterns, SiteHook, WatchedCalls, uncompiled, unsuitable
+from diffaccel.attention.intercept import SiteHook, WatchedCalls, sparse_attention, uncompiled, unsuitable
 from diffaccel.attention.layout import Geometry, Layout, Span, is_fake, span_of
+from diffaccel.attention.learned import FEWEST_BLOCKS, Learned, Timing
+from diffaccel.attention.patterns import Pattern, PatternMaker
 from diffaccel.attention.section import BlockSparse
 from diffaccel.kernels._candidates import seconds_of
 from diffaccel.kernels.block_pattern import BlockPattern
-from diffaccel.kernels.block_sparse import block_sparse_attention, path_for
-from diffaccel.kernels.window_mask import window_blocks
+from diffaccel.kernels.block_sparse import path_for
+from diffaccel.plan import Artefacts
 from diffaccel.root import Compute, RootHook
 
-FEWEST_BLOCKS = 4
-"""Shorter sequences stay dense: the window would be all of them."""
+Active = tuple[BlockSparse, int] | None
+"""The section that holds at a site, and which of its sets of masks."""
 
 _MOST_PROBES = 6
-_SLOWER = 1.05
 
 
 class _CutOff(BaseException):
@@ -46,96 +45,6 @@ class _Unexplained(_CutOff):
         self.tokens = tokens
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one attention call, dense and sparse."""
-
-    dense: float
-    sparse: float
-    shape: tuple[int, ...]
-
-    @property
-    def slower(self) -> bool:
-        return self.sparse > _SLOWER * self.dense
-
-
-@dataclass
-class Learned:
-    """One shape of denoiser calls.
-
-    Args:
-        layouts: by number of tokens; None for tokens that are no image.
-        suitable: site -> number of tokens -> calls.
-        dense: site -> reason -> calls that stay dense in any case.
-        achieved: (tokens, density, block size) -> kept share of all blocks.
-        paths: how the kernel ran the sparse calls.
-        seen: attention calls that came to PyTorch's function.
-        probed: other tokens were looked for by a probe.
-        devices: (site, tokens) -> where the calls run.
-        fake_mode: of a dry run.
-    """
-
-    geometry: Geometry
-    layouts: dict[int, Layout | None] = field(default_factory=dict)
-    suitable: dict[int, Counter[int]] = field(default_factory=dict)
-    dense: dict[int, Counter[str]] = field(default_factory=dict)
-    achieved: dict[tuple[int, float, int], float] = field(default_factory=dict)
-    paths: set[str] = field(default_factory=set)
-    timings: list[Timing] = field(default_factory=list)
-    seen: int = 0
-    probed: bool = False
-    devices: dict[tuple[int, int], torch.device] = field(default_factory=dict)
-    fake_mode: Any = None
-    _patterns: dict[tuple[Any, ...], BlockPattern] = field(default_factory=dict)
-
-    def patterns(self, site: int, section: BlockSparse | None) -> Patterns:
-        """What the site's hook needs while ``section`` holds there."""
-        if section is None:
-            return ()
-        found = []
-        for tokens in sorted(self.suitable.get(site, ())):
-            pattern = self.pattern(tokens, section, self.devices[site, tokens])
-            if pattern is not None:
-                found.append((tokens, pattern))
-        return tuple(found)
-
-    def why_dense(self, tokens: int, section: BlockSparse) -> str | None:
-        """Why suitable calls with ``tokens`` tokens stay dense under ``section``; None if they do not."""
-        if -(-tokens // section.block_size) < FEWEST_BLOCKS:
-            return f"fewer than {FEWEST_BLOCKS} blocks of tokens"
-        return "no image tokens" if self.layouts.get(tokens) is None else None
-
-    def pattern(self, tokens: int, section: BlockSparse, device: torch.device) -> BlockPattern | None:
-        """The pattern of ``section`` for calls with ``tokens`` tokens; made once."""
-        layout = self.layouts.get(tokens)
-        if layout is None or self.why_dense(tokens, section) is not None:
-            return None
-        setting = (tokens, section.density, section.block_size)
-        if (*setting, device) not in self._patterns:
-            with unset_fake_temporarily():
-                keep = window_blocks(
-                    layout.grid, layout.before, layout.after, density=section.density, block_size=section.block_size
-                )
-                self.achieved[setting] = float(keep.float().mean())
-                made = BlockPattern.from_mask(keep, section.block_size)
-                if self.fake_mode is None:
-                    made = made.to(device)
-                for lengths in (made.ranges, made.rows):  # as many as the mask needs: no reason to compile again
-                    torch._dynamo.decorators.mark_unbacked(lengths, 0)
-            if self.fake_mode is not None:
-                made = _faked(made, self.fake_mode, device)
-            self._patterns[*setting, device] = made
-        return self._patterns[*setting, device]
-
-
-def _faked(pattern: BlockPattern, mode: Any, device: torch.device) -> BlockPattern:
-    """For a dry run on fake tensors, which do not mix with real ones."""
-    on_device = [mode.from_tensor(x).to(device) for x in (pattern.keep, pattern.kv_num_blocks, pattern.kv_indices)]
-    keep, num, indices = on_device
-    ranges, rows = mode.from_tensor(pattern.ranges), mode.from_tensor(pattern.rows)
-    return BlockPattern(keep, pattern.block_size, num, indices, ranges, rows)
-
-
 class Learner:
     """Learns the calls of one denoiser.
 
@@ -145,6 +54,7 @@ class Learner:
         hooks: of the planned sites.
         sections: for each site, the sections that may hold there.
         latents: name of the denoiser's argument that holds the latents, its first.
+        maker: of the patterns; not needed to learn layouts only.
     """
 
     def __init__(
@@ -154,16 +64,16 @@ class Learner:
         hooks: Sequence[SiteHook],
         sections: Sequence[Sequence[BlockSparse]],
         latents: str,
+        maker: PatternMaker | None = None,
     ) -> None:
+        self._maker = maker or PatternMaker((), Artefacts(), ())
         self._root = root
         self._module = module
         self._hooks = hooks
         self._sections = sections
         self._latents = latents
 
-    def learn(
-        self, geometry: Geometry, active: Sequence[BlockSparse | None], run: Compute
-    ) -> tuple[Learned, Any, bool]:
+    def learn(self, geometry: Geometry, active: Sequence[Active], run: Compute) -> tuple[Learned, Any, bool]:
         """Run the call to its end, learning.
 
         Returns:
@@ -173,7 +83,7 @@ class Learner:
         text_only: set[tuple[int, int]] = set()
         with uncompiled(self._module) as was_compiled:
             while True:
-                survey = _Survey(geometry, active, self._sections, spans, text_only)
+                survey = _Survey(Learned(geometry, self._maker), active, self._sections, spans, text_only)
                 survey.may_probe = len(spans) < _MOST_PROBES
                 try:
                     with self._watched(survey):
@@ -181,7 +91,7 @@ class Learner:
                     survey.learned.probed = bool(spans)
                     return survey.learned, output, was_compiled
                 except _Unexplained as cut:
-                    changed = _Survey(geometry, active, self._sections, spans, text_only)
+                    changed = _Survey(Learned(geometry, self._maker), active, self._sections, spans, text_only)
                     changed.stop_at = len(survey.digests)
                     with self._perturbed_latents(), self._watched(changed), suppress(_CutOff):
                         run()
@@ -241,13 +151,13 @@ class _Survey:
 
     def __init__(
         self,
-        geometry: Geometry,
-        active: Sequence[BlockSparse | None],
+        learned: Learned,
+        active: Sequence[Active],
         sections: Sequence[Sequence[BlockSparse]],
         spans: Mapping[int, Span],
         text_only: set[tuple[int, int]],
     ) -> None:
-        self.learned = Learned(geometry)
+        self.learned = learned
         self.digests: list[tuple[int, Tensor]] = []
         self.may_probe = False
         self.stop_at = 0
@@ -285,22 +195,25 @@ class _Survey:
             return dense()
         learned.suitable.setdefault(site, Counter())[tokens] += 1
         learned.devices[site, tokens] = query.device
+        learned.heads[site, tokens] = query.shape[1]
         result = None
+        active = self._active[site]
         for section in self._sections[site]:
-            pattern = learned.pattern(tokens, section, query.device)
+            holds = active is not None and section == active[0]
+            pattern = learned.pattern(site, tokens, section, active[1] if holds and active else 0)
             if pattern is None:
                 continue
             sparse = partial(
-                block_sparse_attention,
+                sparse_attention,
                 *(query, key, value, pattern),
                 attn_mask=attn_mask,
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-            self._measure(query, section, attn_mask, dense, sparse)
-            if section == self._active[site]:
+            self._measure(query, section, attn_mask, pattern, dense, sparse)
+            if holds:
                 result = sparse()
-            if not is_fake(query):
+            if isinstance(pattern, BlockPattern) and not is_fake(query):
                 learned.paths.add(str(path_for(query, key, value, pattern, attn_mask)))
         return dense() if result is None else result
 
@@ -341,12 +254,12 @@ class _Survey:
         query: Tensor,
         section: BlockSparse,
         attn_mask: Tensor | None,
+        pattern: Pattern,
         dense: Callable[[], Tensor],
         sparse: Callable[[], Tensor],
     ) -> None:
-        kind = (tuple(query.shape), section.density, section.block_size, attn_mask is None)
-        whole = self.learned.achieved[query.shape[-2], section.density, section.block_size] == 1
-        if whole or kind in self._timed or self.stop_at or is_fake(query) or _capturing(query):
+        kind = (tuple(query.shape), section, attn_mask is None)
+        if pattern.whole or kind in self._timed or self.stop_at or is_fake(query) or _capturing(query):
             return
         self._timed.add(kind)
         sparse()  # the kernel chooses its path and compiles

@@ -31,12 +31,6 @@ def order_names(axes: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def all_order_names() -> tuple[str, ...]:
-    """The orders of all grids, each once; artefacts hold places in this list, so names are only ever added at its
-    end."""
-    return tuple(dict.fromkeys(name for axes in (1, 2, 3) for name in order_names(axes)))
-
-
 @lru_cache(maxsize=256)
 def token_order(name: str, layout: Layout) -> Tensor:
     """The tokens of ``layout``: its grid in this order, then the others, so that text never shifts the image's blocks.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diffaccel.attention.learn import Learned, Timing
+from diffaccel.attention.learned import Learned, Timing
 from diffaccel.attention.section import BlockSparse
 from diffaccel.denoiser import Site
 from diffaccel.report import TechniqueReport
@@ -35,6 +35,7 @@ class Record:
     achieved: dict[float, set[float]] = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
     slower: Timing | None = None
+    notes: dict[str, None] = field(default_factory=dict)
 
     def learned(self, shape: Learned) -> None:
         """A shape of calls was met for the first time. Warns, once, where sparse is slower than dense."""
@@ -50,8 +51,9 @@ class Record:
 
     def saw(self, shape: Learned) -> None:
         """The patterns of ``shape`` were put to use."""
-        for (_, asked, _), got in shape.achieved.items():
-            self.achieved.setdefault(asked, set()).add(round(got, 3))
+        for asked in shape.asked():
+            self.achieved.setdefault(asked, set()).update(round(got, 3) for got in shape.achieved(asked))
+        self.notes.update(shape.maker.notes)
 
 
 class AttachedAttention:
@@ -98,6 +100,7 @@ class AttachedAttention:
                     f"attention backend {', '.join(sorted(record.backends))} is set aside at the planned sites"
                 )
             notes += [f"{layout}: {note}" for layout, note in sorted(record.layouts.items()) if note]
+            notes += record.notes
             if record.slower is not None:
                 notes.append(_slower(record.slower))
         return notes
