@@ -149,7 +149,7 @@ def _step_cache(name: str, **settings: Any) -> Family:
 
 
 def _schedule(calibrated: Calibrated) -> Family:
-    """Static schedules first: they compile, and where they lose nothing they are preferred."""
+    """Steps chosen beforehand, of which a compiled denoiser knows no more than that it is called less often."""
     section = StepCache(policy="schedule", forecast="fitted", share=0.5)
 
     def make(skipped: float) -> Plan:
