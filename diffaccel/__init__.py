@@ -20,6 +20,7 @@ from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
 from diffaccel.distillation.settings import Distillation
 from diffaccel.errors import DiffAccelError, InputError, MissingPackageError, ModelError, PlanError
+from diffaccel.exact.section import ExactReuse
 from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Plan
 from diffaccel.pruning.section import LowRank, Pruning
@@ -45,6 +46,7 @@ __all__ = [
     "DiffAccelConfig",
     "DiffAccelError",
     "Distillation",
+    "ExactReuse",
     "GuidanceReuse",
     "InputError",
     "LowRank",

@@ -11,6 +11,7 @@ from torch import nn
 
 import diffaccel.attention.attach
 import diffaccel.caching.attach
+import diffaccel.exact.attach
 import diffaccel.guidance.attach
 import diffaccel.pruning.attach
 import diffaccel.quantization.attach
@@ -27,6 +28,7 @@ _MODULES: dict[str, Technique] = {
     "pruning": diffaccel.pruning.attach,
     "quantization": diffaccel.quantization.attach,
     "attention": diffaccel.attention.attach,
+    "exact": diffaccel.exact.attach,
     "caching": diffaccel.caching.attach,
     "guidance": diffaccel.guidance.attach,
 }

@@ -119,6 +119,7 @@ class Plan:
         pruning: a `Pruning` section with what it removes among the artefacts, and `LowRank` sections.
         quantization: `Quantize` sections; where several match a site at a step, the last one wins.
         attention: `BlockSparse` sections; likewise.
+        exact: one `ExactReuse`, or None.
         caching: one `StepCache`, or None.
         guidance: one `GuidanceReuse`, or None.
         artefacts: calibrated tensors that the sections refer to.
@@ -132,6 +133,7 @@ class Plan:
     pruning: tuple[Section, ...] = ()
     quantization: tuple[Section, ...] = ()
     attention: tuple[Section, ...] = ()
+    exact: Section | None = None
     caching: Section | None = None
     guidance: Section | None = None
     artefacts: Artefacts = field(default_factory=Artefacts)
@@ -259,9 +261,9 @@ class Plan:
         return cls.from_dict(data, _load_artefacts(file.parent / "artefacts.safetensors", data.get("artefacts", [])))
 
 
-TECHNIQUES = ("pruning", "quantization", "attention", "caching", "guidance")
+TECHNIQUES = ("pruning", "quantization", "attention", "exact", "caching", "guidance")
 """The plan's technique fields in order of attachment."""
-_SINGLE = ("caching", "guidance")  # fields of one section, not a list
+_SINGLE = ("exact", "caching", "guidance")  # fields of one section, not a list
 
 
 def in_steps(progress: float, steps: tuple[float, float]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from diffaccel.caching.section import StepCache
 from diffaccel.denoiser import Denoiser
+from diffaccel.exact.section import ExactReuse
 from diffaccel.plan import Plan, Section
 from diffaccel.quantization.section import Quantize
 from diffaccel.quantization.worth import worth_it
@@ -23,13 +24,11 @@ def preset_plan(name: str, denoisers: Sequence[Denoiser]) -> tuple[Plan, list[st
     """The plan that a preset comes to on these denoisers, and what was left out and why.
 
     Args:
-        name: ``lossless``, ``balanced`` (step cache, and int8 linears where they measure faster here) or ``fast`` (the
-            same with a wider error budget).
+        name: ``lossless`` (what cannot have changed is not computed again), ``balanced`` (step cache, and int8 linears
+            where they measure faster here) or ``fast`` (the same with a wider error budget).
     """
     if name == "lossless":
-        return Plan(name=name), [
-            "lossless: no technique of this version speeds up a denoiser without changing its output"
-        ]
+        return Plan(exact=ExactReuse(), name=name), []
     quantization, notes = _int8_where_faster(denoisers)
     notes.append("sparse attention left out: without calibration it costs more quality than a preset may spend")
     return Plan(quantization=quantization, caching=_CACHE[name], name=name), notes

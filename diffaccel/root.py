@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,13 @@ Compute = Callable[..., Any]
 Listener = Callable[[Call, Mapping[str, Any], Compute], None]
 """Told of a call before it runs: where it stands, its arguments by parameter name, and how to run it (for probes)."""
 
+Change = Callable[[str, Any], Any]
+"""Name and value of an argument -> the value to give instead."""
+
+Changer = Callable[[Mapping[str, Any], Callable[[Change], Any]], Change | None]
+"""Gets the arguments of a call by name, and a function that makes the call with changed ones; says how to change them
+before anybody else sees them, or None."""
+
 Wrapper = Callable[[Call, Mapping[str, Any], Compute], Any]
 """Runs around a call and gives its output: by ``compute()``, or without it."""
 
@@ -34,6 +43,7 @@ class RootHook(ModelHook):
         super().__init__()
         self.contexts = ContextTap()
         self.listeners: list[Listener] = []
+        self.changes: list[Changer] = []
         self.wrappers: list[Wrapper] = []
         self.seconds: list[float] | None = [] if profile else None
         self.calls = 0
@@ -51,12 +61,17 @@ class RootHook(ModelHook):
         "or compile the whole denoiser without fullgraph=True",
     )
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = self._signature.bind(*args, **kwargs).arguments
-        for value in [v for v in arguments.values() if isinstance(v, dict)]:
-            arguments = {**value, **arguments}  # **kwargs of the forward, and bundles such as added_cond_kwargs
+        bound = self._signature.bind(*args, **kwargs)
+        arguments = _by_name(bound)
         timestep = arguments.get(self._timestep) if self._timestep else None
         call = self._clock.call(arguments, timestep, self.contexts.context, self._component)
         self.calls += 1
+
+        for changer in self.changes:
+            made = changer(arguments, partial(self._called, bound))
+            if made is not None:
+                bound = _changed(bound, made)
+                args, kwargs, arguments = bound.args, bound.kwargs, _by_name(bound)
 
         def compute(change: Callable[[Any], Any] = lambda argument: argument) -> Any:
             return self.fn_ref.original_forward(*map(change, args), **{n: change(v) for n, v in kwargs.items()})
@@ -72,10 +87,30 @@ class RootHook(ModelHook):
             self.seconds.append(self._now() - started)
         return output
 
+    def _called(self, bound: inspect.BoundArguments, change: Change) -> Any:
+        changed = _changed(bound, change)
+        return self.fn_ref.original_forward(*changed.args, **changed.kwargs)
+
     def _now(self) -> float:
         if self.seconds is not None and torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _by_name(bound: inspect.BoundArguments) -> Mapping[str, Any]:
+    """The arguments; those in **kwargs of the forward, and in bundles such as added_cond_kwargs, by their own names."""
+    arguments: dict[str, Any] = dict(bound.arguments)
+    for value in [v for v in arguments.values() if isinstance(v, dict)]:
+        arguments = {**value, **arguments}
+    return arguments
+
+
+def _changed(bound: inspect.BoundArguments, change: Change) -> inspect.BoundArguments:
+    changed = OrderedDict(
+        (name, {n: change(n, v) for n, v in value.items()} if isinstance(value, dict) else change(name, value))
+        for name, value in bound.arguments.items()
+    )
+    return inspect.BoundArguments(bound.signature, changed)
 
 
 def _wrapped(wrapper: Wrapper, call: Call, arguments: Mapping[str, Any], run: Compute) -> Compute:
