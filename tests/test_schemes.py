@@ -1,6 +1,7 @@
 """Every scheme: close to what it promises, as small, undone to the bit, saved and loaded, and switched by step."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffaccel import DiffAccelConfig, ModelError, Plan, PlanError, Quantize, ac
 from diffaccel.quantization.linear import QuantizedLinear
 from diffaccel.quantization.schedule import schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
+from diffaccel.quantization.skips import skip_boundaries
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffaccel")
 
@@ -279,6 +281,42 @@ def test_convolutions(activations, tmp_path):
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "small")
     for other in (at_load, loaded):
         assert len(quantized(other)) == len(quantized(model)) and alike(out(specimen, other), expected)
+
+
+def test_what_comes_through_skips_is_rounded_apart(tmp_path):
+    """Where it is much larger than the rest, one scale for both would be left with a few codes for the rest."""
+    specimen, model = ZOO["unet_sd15"], ZOO["unet_sd15"].build()
+    boundaries = skip_boundaries(model)
+    concatenated = []
+    real = torch.cat
+
+    def cat(tensors, dim=0):
+        if dim == 1 and tensors[0].ndim == 4:
+            concatenated.append(tensors[0].shape[1])
+        return real(tensors, dim=dim)
+
+    with mock.patch.object(torch, "cat", cat):
+        out(specimen, model)
+    shortcuts = {n: c for n, c in boundaries.items() if n.endswith("conv_shortcut")}
+    assert list(shortcuts.values()) == concatenated and len(boundaries) == 2 * len(concatenated)  # and conv1
+    name = next(iter(shortcuts))
+    layer, section = model.get_submodule(name), replace(CONVS, split=True)
+    x = torch.randn(2, layer.in_channels, 8, 8)
+    x[:, boundaries[name] :] *= 200
+    layer.weight.data[:, boundaries[name] :] /= 200
+    exact = layer(x).detach()
+    start, losses = snapshot(model), {}
+    for split in (False, True):
+        with torch.no_grad(), accelerate(model, Plan(quantization=replace(section, split=split))) as accel:
+            losses[split] = sqnr([exact], [layer(x)])
+            schemes = accel.report().techniques[0].facts["schemes"]
+            assert schemes.get("W8A8 split", 0) == split * len(boundaries)
+    assert losses[True] > 30 > losses[False] + 10 and unchanged(model, start)
+    accelerate(model, Plan(quantization=section)).bake()
+    expected = out(specimen, model)
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert alike(out(specimen, loaded), expected) and loaded.get_submodule(name).weight.shape == layer.weight.shape
 
 
 def test_convolutions_by_step_and_in_other_widths():

@@ -1,6 +1,7 @@
 """Static int8 activations: the kernels against the formula, ranges by step, what must be measured first."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from diffaccel.kernels.int8_static import (
     static_quantize_ref,
 )
 from diffaccel.plan import Artefacts
-from diffaccel.quantization.channels import ChannelRecorder
+from diffaccel.quantization.channels import RANGES, ChannelRecorder
 from diffaccel.quantization.eligible import why_not
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,4 +245,8 @@ def test_convolutions_round_to_a_symmetric_range():
             assert layers and all(
                 float(x.act_scale) * 127 == pytest.approx(float(x.act_limits.abs().max())) for x in layers
             )
+            assert sqnr(before, out(specimen, model)) > 25
+        with accelerate(model, replace(plan, quantization=(replace(plan.quantization[0], split=True),))):
+            split = [x for x in quantized(model) if x.active.scheme.split]
+            assert split and all(x.act_scale.shape == (2,) and x.act_limits.shape == (RANGES, 4) for x in split)
             assert sqnr(before, out(specimen, model)) > 25

@@ -27,6 +27,7 @@ from diffaccel.quantization.rotation import block_size
 from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
 from diffaccel.quantization.section import Quantize
+from diffaccel.quantization.skips import skip_boundaries
 from diffaccel.quantization.static import follow_limits
 from diffaccel.quantization.worth import speedup, typical_tokens
 from diffaccel.report import TechniqueReport
@@ -56,6 +57,11 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
         refuse_group_offload(denoiser)
         refuse_fused_lora(denoiser)
     users = parameter_users((*context.denoisers, *context.encoders))
+    boundaries = {
+        f"{denoiser.component}.{name}": channels
+        for denoiser in context.denoisers
+        for name, channels in skip_boundaries(denoiser.module).items()
+    }
     matches: defaultdict[Site, list[tuple[Steps, Form]]] = defaultdict(list)
     skipped: defaultdict[str, list[str]] = defaultdict(list)
     for section in sections:
@@ -65,7 +71,7 @@ def resolve(sections: Sequence[Quantize], context: Context) -> Resolved:
             reason = why_not(site.module, users, section)
             if reason is None:
                 _check_calibrated(section, site, context)
-                matches[site].append((section.steps, form_at(section, site)))
+                matches[site].append((section.steps, form_at(section, site, boundaries)))
                 usable = True
             elif site.full_name not in skipped[reason]:
                 skipped[reason].append(site.full_name)

@@ -50,17 +50,20 @@ class Channels:
         chosen = [i for i in rows if seen[i]] or [i for i in range(RANGES) if seen[i]]
         return table[chosen].mean(0)
 
-    def limits(self, before: Tensor | None) -> Tensor:
+    def limits(self, before: Tensor | None, split: int = 0) -> Tensor:
         """Least and largest value of the input times ``before`` [K], for each part of the schedule, [RANGES, 2].
 
-        Where nothing was measured, those of all the others.
+        Where nothing was measured, those of all the others. With ``split``, [RANGES, 4]: of so many leading channels
+        first, then of the others.
         """
         table = self._artefacts[f"{self._name}.limits"]
         table = table if before is None else table * before.to(table)
-        limits = torch.stack([table[:, 0].amin(-1), table[:, 1].amax(-1)], 1)
         seen = self._artefacts[f"{self._name}.seen"]
-        overall = torch.stack([limits[seen, 0].amin(), limits[seen, 1].amax()])
-        return torch.where(seen[:, None], limits, overall)
+        pairs = []
+        for part in (table[..., :split], table[..., split:]) if split else (table,):
+            low, high = part[:, 0].amin(-1), part[:, 1].amax(-1)
+            pairs += [torch.where(seen, low, low[seen].amin()), torch.where(seen, high, high[seen].amax())]
+        return torch.stack(pairs, 1)
 
     def learnt(self, key: str) -> dict[str, Tensor]:
         """The tensors of a weight whose rounding was learnt, by name; none where it was not; see `learnt_key`."""

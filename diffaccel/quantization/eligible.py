@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -64,10 +65,17 @@ def why_not(
     return None
 
 
-def form_at(settings: Quantize, site: Site) -> Form:
-    """What ``site`` gets. Conditioning is for linears."""
+def form_at(settings: Quantize, site: Site, boundaries: Mapping[str, int] | None = None) -> Form:
+    """What ``site`` gets. Conditioning is for linears.
+
+    Args:
+        boundaries: of `skips.skip_boundaries`, by full name, for settings that ask for ``split``.
+    """
     form = settings.form(float_activations=keeps_activations(settings, site))
-    return form if isinstance(site.module, nn.Linear) else Form(form.scheme)
+    if isinstance(site.module, nn.Linear):
+        return form
+    split = (boundaries or {}).get(site.full_name, 0) if settings.split else 0
+    return Form(replace(form.scheme, split=split))
 
 
 def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:

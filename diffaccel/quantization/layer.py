@@ -149,8 +149,9 @@ class QuantizedLayer(nn.Module):
             assert limits is not None
             if limits.device.type == "meta":
                 continue
-            low, high = limits[part] if part is not None else (limits[:, 0].amin(), limits[:, 1].amax())
-            for name, value in self.static_form(low[None], high[None], suffix).items():
+            lows, highs = limits[:, 0::2], limits[:, 1::2]  # of each part of a split input
+            low, high = (lows.amin(0), highs.amax(0)) if part is None else (lows[part], highs[part])
+            for name, value in self.static_form(low, high, suffix).items():
                 now = self._buffers.get(name + suffix)
                 if now is not None and (now.device, now.dtype) == (value.device, value.dtype):
                     now.copy_(value)  # in place: compiled code and CUDA graphs hold it
@@ -158,7 +159,7 @@ class QuantizedLayer(nn.Module):
                     self.register_buffer(name + suffix, value, persistent=False)
 
     def static_form(self, low: Tensor, high: Tensor, suffix: str) -> dict[str, Tensor]:
-        """The buffers, by name without ``suffix``, that round activations between ``low`` and ``high``, [1] each."""
+        """The buffers, by name without ``suffix``, that round activations between ``low`` and ``high``, [1] or [2]."""
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

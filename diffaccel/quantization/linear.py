@@ -66,11 +66,17 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
         run = self.active
         if run is None:
             return self._conv_forward(input, self.original, self.bias)
-        path = "auto" if run.scheme.integer_activations else "dense"
-        tensors = self.tensors(run)
-        packed = PackedFilters(tensors["qweight"], tensors["scale"], self.geometry, path, self.bits)
+        tensors, split = self.tensors(run), run.scheme.split
         x = input if input.ndim == 4 else input[None]
-        y = int8_conv(x, packed, self.bias, tensors["act_scale"] if run.scheme.activations == "static" else None)
+        static = tensors["act_scale"] if run.scheme.activations == "static" else None
+        path = "auto" if run.scheme.integer_activations else "dense"
+        packed = PackedFilters(tensors["qweight"], tensors["scale"], self.geometry, path, self.bits)
+        if split:
+            y = int8_conv(x[:, :split], packed, self.bias, None if static is None else static[:1])
+            packed = PackedFilters(tensors["skip_qweight"], tensors["skip_scale"], self.geometry, path, self.bits)
+            y = y + int8_conv(x[:, split:], packed, None, None if static is None else static[1:])
+        else:
+            y = int8_conv(x, packed, self.bias, static)
         return y if input.ndim == 4 else y[0]
 
     def static_form(self, low: Tensor, high: Tensor, suffix: str) -> dict[str, Tensor]:
@@ -94,8 +100,12 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
         integer = any(run.scheme.integer_activations for run in runs)
         on_cpu = qweight.device.type == "cpu" and not isinstance(qweight, torch._subclasses.FakeTensor)
         blocked = integer and not (on_cpu and torch.accelerator.is_available())
-        packed = pack_filters(qweight, tensors["scale"], self.geometry, "auto" if blocked else "dense")
-        return {"qweight": packed.data, "scale": packed.scale}
+        found = {}
+        for part in ("", "skip_") if "skip_qweight" in tensors else ("",):
+            weight, scale = tensors[f"{part}qweight"], tensors[f"{part}scale"]
+            packed = pack_filters(weight, scale, self.geometry, "auto" if blocked else "dense")
+            found |= {f"{part}qweight": packed.data, f"{part}scale": packed.scale}
+        return found
 
 
 _QUANTIZED: dict[type[nn.Module], type[QuantizedLinear] | type[QuantizedConv2d]] = {

@@ -95,11 +95,13 @@ def _stores(schedule: Schedule, shape: Sequence[int]) -> list[_Store]:
         kinds: dict[tuple[str, int | None], list[Scheme]] = {}
         for scheme in schemes:
             nested = nests and (scheme.weights == "int8" or (scheme.weights == "int4" and scheme.group == nests))
-            kinds.setdefault(("nested", nests) if nested else (scheme.weights, scheme.group), []).append(scheme)
+            parts = scheme.group or scheme.split or None
+            kinds.setdefault(("nested", nests) if nested else (scheme.weights, parts), []).append(scheme)
         for (kind, group), members in kinds.items():
             suffix = f"_{len(stores)}" if stores else ""
             rotated = conditioning.rotate and block_size(shape[1]) is not None
-            kind = "int8_conv" if len(shape) == 4 else kind
+            if len(shape) == 4:
+                kind = "int8_conv" if group is None else "int8_conv_split"
             runs = tuple(Run(kind, scheme, group, rotated, suffix) for scheme in members)
             stores.append(_Store(kind, group, conditioning, runs))
     return stores
@@ -141,7 +143,8 @@ def _conditioned(
     extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # exact
     if any(run.scheme.activations == "static" for run in store.runs):
         assert channels is not None
-        extras["act_limits"] = channels.limits(before).to(weight)
+        split = store.runs[0].scheme.split
+        extras["act_limits"] = channels.limits(before, split).to(weight)
     known = channels is not None and channels.measured
     importance = (
         None

@@ -59,7 +59,7 @@ def saved_layers(entries: Iterable[Mapping[str, Any]]) -> dict[str, SavedLayer]:
     layers: dict[str, SavedLayer] = {}
     for entry in entries:
         try:
-            scheme = Scheme(entry["weights"], entry["activations"], entry.get("group"))
+            scheme = Scheme(entry["weights"], entry["activations"], entry.get("group"), entry.get("split", 0))
             run = Run(entry["kind"], scheme, entry.get("stored_group"), entry.get("rotated", False))
             if run.kind not in KINDS:
                 raise KeyError(run.kind)

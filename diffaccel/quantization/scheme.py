@@ -25,11 +25,13 @@ class Scheme:
         activations: ``int8`` or ``fp8``, one scale per token, found at run time; ``static``, int8 with one range for
             all tokens, found by calibration; ``float`` leaves them as they come.
         group: with ``int4``, input channels that share a multiplier of their own beneath the channel's scale.
+        split: of a convolution, the leading input channels that are rounded apart from the others; 0: all together.
     """
 
     weights: str = "int8"
     activations: str = "int8"
     group: int | None = None
+    split: int = 0
 
     @property
     def bits(self) -> int:
@@ -43,7 +45,7 @@ class Scheme:
             return "FP8" if self.activations == "fp8" else "WFP8A16"
         group = f" g{self.group}" if self.group else ""
         activations = {"int8": "A8", "static": "A8 static"}.get(self.activations, "A16")
-        return f"W{self.bits}{activations}{group}"
+        return f"W{self.bits}{activations}{group}{' split' if self.split else ''}"
 
     @property
     def integer_activations(self) -> bool:

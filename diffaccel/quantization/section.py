@@ -47,6 +47,8 @@ class Quantize(Section):
         refine: how often the low-rank part is fitted again to what rounding left (SVDQuant's code); the best is kept.
         protect: compute constant outlying tokens of the text, such as CLIP's first, once in full precision (MixDQ's
             BOS-aware quantization, arXiv:2405.17873). Needs `diffaccel.calibrate`, which finds them.
+        split: whether 2D convolutions that read a skip connection beside their input round the two apart, weights too
+            (MixDQ); costs the addition of two results.
         rounding: ``nearest``, or ``learnt`` block by block so that the blocks' outputs stay (AdaRound,
             arXiv:2004.10568; QuantVGGT, arXiv:2509.21302): int8 and int4, needs `diffaccel.learn_rounding`.
         steps: range of progress in which the quantized form runs; the full schedule by default.
@@ -65,6 +67,7 @@ class Quantize(Section):
     low_rank: int = 0
     refine: int = 0
     protect: bool = False
+    split: bool = False
     rounding: str = "nearest"
     steps: tuple[float, float] = (0.0, 1.0)
 
@@ -91,7 +94,7 @@ class Quantize(Section):
             self._check_sites(self.float_activations)
         if self.balance is not None:
             self._check_number("balance", 0, 1)
-        for name in ("rotate", "protect"):
+        for name in ("rotate", "protect", "split"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(f"Quantize.{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("first", ORDERS)

@@ -175,6 +175,24 @@ class _Int8Filters(_Plain):
         raise NotImplementedError("a convolution runs by its own forward")
 
 
+class _SplitFilters(_Int8Filters):
+    """Of a convolution that rounds its leading input channels, ``group`` of them, apart from the others."""
+
+    names = ("qweight", "scale", "skip_qweight", "skip_scale")
+
+    def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
+        halves = (quantize_filters(weight[:, :group]), quantize_filters(weight[:, group:]))
+        return dict(zip(self.names, (*halves[0], *halves[1]), strict=True))
+
+    def unpack(self, tensors: Tensors) -> dict[str, Tensor]:
+        return {name: t.to_dense() if t.is_mkldnn else t for name, t in tensors.items() if name in self.names}
+
+    def values(self, tensors: Tensors, run: Run, columns: int) -> Tensor:
+        plain = self.unpack(tensors)
+        parts = [plain[f"{part}qweight"].float() * plain[f"{part}scale"][:, None, None, None] for part in ("", "skip_")]
+        return torch.cat(parts, 1)
+
+
 class _Nested(_Int4):
     """One weight that is read as int8 or as int4."""
 
@@ -207,6 +225,7 @@ KINDS: dict[str, Kind] = {
     "int4": _Int4(),
     "nested": _Nested(),
     "int8_conv": _Int8Filters(),
+    "int8_conv_split": _SplitFilters(),
 }
 """By the name that `Run.kind` and saved models use."""
 
