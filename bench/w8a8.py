@@ -69,11 +69,23 @@ def weight_bytes(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-def plan(**settings):
-    """Quantize's defaults, or other settings."""
-    from diffaccel import Plan, Quantize
+def plan(model=None, **settings):
+    """Quantize's defaults, or other settings; where they need calibration, ``model`` is called once for it."""
+    import torch
 
-    return Plan(quantization=[Quantize(**settings)])
+    from diffaccel import Plan, Quantize
+    from diffaccel.denoiser import Denoiser
+    from diffaccel.plan import Artefacts
+    from diffaccel.quantization.calibrate import recorders_of
+
+    section = Quantize(**settings)
+    if not section.needs_calibration:
+        return Plan(quantization=[section])
+    (recorder,) = recorders_of([section], [Denoiser.of(model, "transformer")]).values()
+    with torch.no_grad():
+        model(**inputs())
+    recorder.remove()
+    return Plan(quantization=[section], artefacts=Artefacts(dict(recorder.artefacts())))
 
 
 def speed(args, **settings):
@@ -89,7 +101,7 @@ def speed(args, **settings):
     model = copy.deepcopy(reference)
     feed = inputs()
     with torch.inference_mode():
-        accel = diffaccel.accelerate(model, plan(**settings))
+        accel = diffaccel.accelerate(model, plan(model, **settings))
         expected, got = reference(**feed)[0], model(**feed)[0]
         times = {"float32": [], "quantized": []}
         processor = {"float32": [], "quantized": []}
@@ -175,6 +187,8 @@ ROWS = {
     "speed": (speed, {}, {"speedup": (">=", 1.3), "weights_ratio": ("<=", 0.26)}),
     "speed AVX2": (speed, AVX2, {"speedup": (">=", 1.3)}),
     "speed rotated": (partial(speed, rotate=True), {}, {"speedup": (">=", 1.35)}),
+    "speed conditioned": (partial(speed, balance=0.5, rotate=True), {}, {"speedup": (">=", 1.35)}),
+    "speed static": (partial(speed, activations="static", balance=0.5), {}, {"speedup": (">=", 1.35)}),
     "speed W4A8": (partial(speed, weights="int4", group=64), {}, {"weights_ratio": ("<=", 0.15)}),
     "bake": (bake, {}, {"bytes_ratio": ("<=", 0.30), "memory_ratio": ("<=", 0.30)}),
     "disk": (disk, {}, {"memory_ratio": ("<=", 0.5)}),
