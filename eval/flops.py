@@ -159,6 +159,13 @@ def _listed_blocks(
     return _attention(q, v, int(pairs) * each)
 
 
+def _online_blocks(
+    q: Tensor, k: Tensor, order: Tensor, image: int, keep: int, block_size: int, *, out_val: Any, **kwargs: Any
+) -> int:
+    """The product of the means of blocks."""
+    return 2 * q.shape[0] * q.shape[1] * image * image * q.shape[3]
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "aten._scaled_dot_product_flash_attention_for_cpu": _fused_attention,
     "aten._scaled_dot_product_fused_attention_overrideable": _fused_attention,
@@ -172,6 +179,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "diffaccel.hadamard_quantize": _hadamard,
     "diffaccel.block_sparse_attention": _block_sparse,
     "diffaccel.sparse_attention": _listed_blocks,
+    "diffaccel.online_blocks": _online_blocks,
 }
 _ELEMENT_WISE = {
     *("diffaccel.token_quantize", "diffaccel.static_quantize"),

@@ -93,6 +93,12 @@ def test_listed_blocks():
     assert _counted(call).by_operator["diffaccel.sparse_attention"] == 2 * 6 * (4 * 16 * 16) * 32
 
 
+def test_blocks_chosen_online():
+    q = torch.randn(2, 3, 40, 16)
+    call = lambda: torch.ops.diffaccel.online_blocks(q, q, torch.arange(40)[None].int(), 2, 1, 16)  # noqa: E731
+    assert _counted(call).by_operator["diffaccel.online_blocks"] == 2 * 6 * 2 * 2 * 16
+
+
 def test_what_has_no_formula_is_named():
     @torch.library.custom_op("diffaccel_test::secret", mutates_args=())
     def secret(x: torch.Tensor) -> torch.Tensor:

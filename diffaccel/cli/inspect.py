@@ -21,6 +21,8 @@ diffaccel inspect -m bundled:video --picture video.png
 diffaccel inspect -m ./my-pipeline --size 512 --json > model.json
 
 diffaccel inspect -m bundled:video --memory --plan balanced
+
+diffaccel inspect -m bundled:video --attention heads.png --plan plans/sparse
 """
 
 
@@ -35,7 +37,15 @@ def inspect(
         bool, typer.Option("--memory", help="Also predict each denoiser's peak memory on a CUDA GPU; needs none.")
     ] = False,
     plan: Annotated[
-        str | None, typer.Option(help="With --memory: preset or saved plan's folder that the denoisers run under.")
+        str | None,
+        typer.Option(help="With --memory or --attention: preset or saved plan's folder that the denoisers run under."),
+    ] = None,
+    attention: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a picture of attention maps of some heads here (.png), before and after the plan's reordering, "
+            "with its mask. Without --plan half of the blocks is planned, from a calibration with one prompt."
+        ),
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write a picture of bars (.png, .pdf, .svg) here.")] = None,
     device: Device = None,
@@ -45,8 +55,8 @@ def inspect(
     """Show blocks, sites with their roles and attention calls, and where parameters, operations and time go."""
     wh = read_size(size)
     chosen = read_plan(plan) if plan is not None else None
-    if chosen is not None and not memory:
-        raise InputError("--plan without --memory: inspect shows the model as it is; add --memory")
+    if chosen is not None and not memory and attention is None:
+        raise InputError("--plan without --memory or --attention: inspect shows the model as it is; add one of them")
     quiet_libraries()
     from diffaccel.inspection import draw, inspect_model, predict_pipeline_memory
     from diffaccel.inspection.render import tree
@@ -70,5 +80,24 @@ def inspect(
             where = f"{name} on a CUDA GPU{f' under {plan}' if plan else ''}"
             sizes = f"weights {p.weights_bytes / 2**20:.1f} MiB, peak {p.peak_bytes / 2**20:.1f} MiB"
             out.print(f"{where}: {sizes}; host syncs in a call: {syncs}")
+    if attention is not None:
+        _draw_attention(wrapped, call, chosen, attention)
     if picture is not None:
         note(f"wrote {draw(inspection, picture)}")
+
+
+def _draw_attention(wrapped: Any, call: dict[str, Any], plan: Any, file: Path) -> None:
+    from diffaccel import BlockSparse, Plan, calibrate
+    from diffaccel.inspection.attention_map import draw_heads, head_maps
+
+    arguments = {**wrapped.defaults, **call}
+    if plan is None:
+        prompt = arguments.pop("prompt", None)
+        requests = [prompt] if prompt is not None else [arguments]
+        plan = calibrate(wrapped.pipe, BlockSparse(reorder=True, block_size=16), prompts=requests, **arguments)
+        arguments |= {"prompt": prompt} if prompt is not None else {}
+    if not isinstance(plan, Plan):
+        raise InputError(f"--plan {plan}: presets hold no sparse attention; give the folder of a calibrated plan")
+    maps = head_maps(wrapped.pipe, plan, arguments)
+    draw_heads(maps, file)
+    note(f"wrote {file}: {len(maps)} heads")
