@@ -135,8 +135,9 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
         keep = any(form is None for _, form in schedule)
         parked = originals.claim(weight, stay=keep)
         with torch.no_grad():
-            tensors = prepare(weight, layer.bias, schedule, channels_of(context.artefacts, site))
-            if not _is_finite(tensors):
+            finite = _is_finite({"weight": weight})  # what is not cannot be decomposed
+            tensors = prepare(weight, layer.bias, schedule, channels_of(context.artefacts, site)) if finite else {}
+            if not finite or not _is_finite(tensors):
                 raise PlanError(
                     f"{site.full_name} holds weights that are not finite; exclude it by sites='... !{site.full_name}'"
                 )

@@ -88,7 +88,8 @@ class Loading:
         assert weight is not None
         dtype = self._dtype(owner, weight.dtype)
         with torch.no_grad():
-            tensors = prepare(value.to(dtype), None, schedule)
+            value = value.to(dtype)
+            tensors = prepare(value, None, schedule) if value.isfinite().all() else {"weight": value}
             if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point() and t.itemsize > 1):
                 raise ModelError(f"{name} holds values that are not finite")
             (run,), _ = runs_of(schedule, value.shape)
