@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from diffusers.hooks.faster_cache import _split_low_high_freq
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import nn
 from zoo_pipelines import PIPELINES
 
 from diffaccel import GuidanceReuse, Plan, PlanError, StepCache, accelerate
+from diffaccel.guidance.frequency import mixed
 
 UNGUIDED = ("flux", "flux_img2img", "hunyuan_video")  # distilled: the scale is an input
 NOTHING = Plan(caching=StepCache(min_steps=100))  # leaves short schedules alone
@@ -119,6 +121,46 @@ def test_two_calls_by_hand():
     torch.testing.assert_close(outputs["uncond"][3:], plain["uncond"][3:], atol=1e-6, rtol=1e-6)
 
 
+def test_sooner_where_the_difference_is_expected_to_change():
+    """It changes by .2 a step, 4.3, 3.65 and 3.4 being the conditional output at steps 1, 3 and 4."""
+    patterns = {0.3: "##....", 0.1: "##..#.", 0.05: "##.###", 1e-3: "######"}
+    for change, pattern in patterns.items():
+        report = two_calls(Denoiser(), guided(change=change, every=6))[1]
+        assert report.facts["timeline"] == {"transformer": {"without prompt": pattern}}
+
+
+def guided(**settings):
+    return Plan(guidance=GuidanceReuse(**dict(steps=(0.0, 1.0), forecast="hold") | settings))
+
+
+class Fading(Denoiser):
+    """The text has no effect from timestep 500 on."""
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states):
+        left = max(timestep - 500, 0) / 500
+        return super().forward(hidden_states + torch.arange(4.0), timestep, encoder_hidden_states * left)
+
+
+@pytest.mark.parametrize(
+    ("call", "always", "until"),
+    [(batched, " #.#.#.#.#.", " #.#.#....."), (two_calls, "#.#.#.#.#.#", "#.#.#.#....")],
+)
+def test_it_ends_when_both_branches_agree(call, always, until):
+    for agree, pattern in ((None, always), (0.9999, until)):
+        report = call(Fading(), guided(agree=agree, every=2), steps=11)[1]
+        assert report.facts["timeline"] == {"transformer": {"without prompt": pattern}}
+
+
+@pytest.mark.parametrize(("progress", "low", "high"), [(0.05, 1, 1), (0.5, 1.1, 1), (0.8, 1.1, 1.1), (0.95, 1, 1.1)])
+def test_frequencies_are_weighted_as_in_diffusers(progress, low, high):
+    difference = torch.randn(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    split = [torch.fft.ifftshift(part) for part in _split_low_high_freq(difference)]  # shifted over all axes
+    parts = [torch.fft.ifft2(part).real for part in split]
+    torch.testing.assert_close(mixed(difference, progress), low * parts[0] + high * parts[1], atol=1e-5, rtol=1e-4)
+    tokens = difference.flatten(2)
+    assert torch.equal(mixed(tokens, progress), tokens)
+
+
 def test_the_unconditional_call_first():
     outputs, report = two_calls(Denoiser(), Plan(guidance=GuidanceReuse()), first="uncond")
     plain, _ = two_calls(Denoiser(), NOTHING, first="uncond")
@@ -157,6 +199,10 @@ def test_conflicts_and_mistakes():
         GuidanceReuse(every=1)
     with pytest.raises(PlanError, match=r"GuidanceReuse\.forecast is 'none'"):
         GuidanceReuse(forecast="none")
+    with pytest.raises(PlanError, match="never computes the branch"):
+        GuidanceReuse(forecast="zero", agree=0.9)
+    with pytest.raises(PlanError, match=r"GuidanceReuse\.agree must be"):
+        GuidanceReuse(agree=1.5)
     with pytest.raises(PlanError, match=r"Plan\.guidance holds"):
         Plan(guidance=StepCache())
 

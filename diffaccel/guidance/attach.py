@@ -11,6 +11,7 @@ from torch import Tensor
 from diffaccel.clock import Call
 from diffaccel.forecast import Forecast
 from diffaccel.guidance import halves
+from diffaccel.guidance.frequency import mixed
 from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.latents import latent_tensors, output_like, output_tensors
 from diffaccel.plan import in_steps
@@ -59,7 +60,11 @@ class ReusedGuidance:
     def _begin(self, run: int | None) -> None:
         self._run, self._step = run, -1
         self._joint: bool | None = None  # whether calls hold both halves; not known yet
-        self._difference = Forecast("hold" if self._section.forecast == "zero" else self._section.forecast)
+        kept = "hold" if self._section.forecast in ("zero", "frequency") else self._section.forecast
+        self._difference = Forecast(kept)
+        self._rate: float | None = None  # share of the conditional output by which the difference changes a step
+        self._agreed = False
+        self._learnt = -1  # step at which the branch was computed last
         self._since = 0  # steps since the branch was computed
         self._cond: tuple[int, list[Tensor]] | None = None  # step and output of the last conditional call
         self._template: Any = None
@@ -127,20 +132,38 @@ class ReusedGuidance:
             return False
         if self._section.forecast == "zero":
             return True
-        return not self._difference.empty and self._since < self._section.every - 1
+        if self._difference.empty:
+            return False
+        if self._agreed:
+            return True
+        if self._since >= self._section.every - 1:
+            return False
+        change = self._section.change
+        return change is None or (self._rate is not None and self._rate * (self._since + 1) <= change)
 
     def _without(self, cond: list[Tensor], call: Call) -> list[Tensor]:
         """The unconditional output: the conditional one less the forecast difference."""
         if self._section.forecast == "zero":
             return [v.clone() for v in cond]
         differences = output_tensors(self._difference([], _time(call)))
+        if self._section.forecast == "frequency":
+            differences = [mixed(d, call.progress) for d in differences]
         return [(v.float() - d).to(v.dtype) for v, d in zip(cond, differences, strict=True)]
 
     def _learn(self, cond: list[Tensor], uncond: list[Tensor], call: Call) -> None:
         self._count(call, reused=False)
         if self._section.forecast != "zero":
             difference = [a.float() - b.float() for a, b in zip(cond, uncond, strict=True)]
+            if self._section.change is not None and not self._difference.empty:
+                moved = sum(
+                    float((d - e).abs().mean()) for d, e in zip(difference, self._difference.outputs, strict=True)
+                )
+                size = sum(float(v.float().abs().mean()) for v in cond)
+                self._rate = moved / max(size, 1e-12) / max(call.step - self._learnt, 1)
+            self._learnt = call.step
             self._difference.record([], difference, _time(call))
+            if self._section.agree is not None and in_steps(call.progress, self._section.steps):
+                self._agreed = _similarity(cond, uncond) >= self._section.agree
 
     def _count(self, call: Call, *, reused: bool) -> None:
         held = "reused" if self._section.forecast in ("hold", "zero") else "forecast"
@@ -148,6 +171,12 @@ class ReusedGuidance:
         self._since = self._since + 1 if reused else 0
         self.reused += reused
         self.computed += not reused
+
+
+def _similarity(a: list[Tensor], b: list[Tensor]) -> float:
+    """The least cosine similarity of two samples at the same place."""
+    pairs = [(x.float().flatten(1), y.float().flatten(1)) for x, y in zip(a, b, strict=True)]
+    return min(float(torch.nn.functional.cosine_similarity(x, y).min()) for x, y in pairs)
 
 
 def _time(call: Call) -> float:
@@ -169,7 +198,9 @@ class AttachedGuidance:
             notes.append("no unconditional branch was seen: there is no guidance, or its scale leaves it out")
         return TechniqueReport(
             "guidance",
-            f"every {s.every} steps, forecast {s.forecast}, for progress {s.steps[0]:g} to {s.steps[1]:g}",
+            f"every {s.every} steps, forecast {s.forecast}, for progress {s.steps[0]:g} to {s.steps[1]:g}"
+            + (f", while it changes by at most {s.change:g}" if s.change is not None else "")
+            + (f", until both agree to {s.agree:g}" if s.agree is not None else ""),
             sites=len(self._reused),
             facts={
                 "uncond_computed": sum(r.computed for _, r in parts),
