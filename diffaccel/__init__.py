@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffaccel.attach import Accelerated, accelerate
     from diffaccel.calibration import calibrate
     from diffaccel.distillation.distill import distill
+    from diffaccel.pruning.ecodiff import EcoDiff
     from diffaccel.pruning.prune import prune
     from diffaccel.quantization.config import DiffAccelConfig
     from diffaccel.quantization.nunchaku import export_nunchaku
@@ -46,6 +47,7 @@ __all__ = [
     "DiffAccelConfig",
     "DiffAccelError",
     "Distillation",
+    "EcoDiff",
     "ExactReuse",
     "GuidanceReuse",
     "InputError",
@@ -70,6 +72,7 @@ __all__ = [
 _LAZY = {
     "Accelerated": "diffaccel.attach",
     "DiffAccelConfig": "diffaccel.quantization.config",
+    "EcoDiff": "diffaccel.pruning.ecodiff",
     "accelerate": "diffaccel.attach",
     "calibrate": "diffaccel.calibration",
     "export_nunchaku": "diffaccel.quantization.nunchaku",

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from zoo_pipelines import PIPELINES
 
 from diffaccel import Distillation, InputError, Plan, PlanError, Pruning, Quantize, accelerate, distill, prune
 from diffaccel.denoiser import find_denoisers
 from diffaccel.distillation.losses import distance
 from diffaccel.distillation.states import State, collate, load_run, save_run
+from diffaccel.latents import output_tensors
 
 CALL = dict(num_inference_steps=4, height=16, width=16, use_resolution_binning=False, clean_caption=False)
 PROMPTS = ["a red circle moving right", "a small blue square"]
@@ -190,3 +193,41 @@ def test_refusals(tmp_path):
         with pytest.raises(InputError, match="Distillation"):
             Distillation(**bad)
     assert not (tmp_path / "curve.csv").exists()
+
+
+def test_learns_from_a_folder_of_pictures(tmp_path):
+    student, teacher = pair()
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(2):
+        noise = torch.randint(0, 255, (20, 20, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text("a red circle")
+    settings = Distillation(steps=6, batch=4, rate=3e-4, warmup=1, task=0.5)
+    call = call_of("pixart_sigma")
+    distill(student, teacher=teacher, data=data, folder=tmp_path, settings=settings, quiet=True, **call)
+    assert all(float(v) > 0 for column in ("output", "task") for v in curve(tmp_path, column))
+    states = [s for f in sorted((tmp_path / "teacher").iterdir()) for s in load_run(f, _identity_in(f))]
+    assert len(states) == 8
+    scheduler = teacher.scheduler
+    for state in states[:4]:  # the answer leads from the noisy latents back to the picture's
+        with torch.no_grad():
+            expected = output_tensors(teacher.transformer(**state.arguments))[0]
+        torch.testing.assert_close(expected, state.targets[0])
+        t = state.arguments["timestep"].reshape(-1)[:1].long()
+        alpha = scheduler.alphas_cumprod[t].sqrt()
+        noisy, answer = state.arguments["hidden_states"], state.answers[0][:, :4]
+        clean = alpha * noisy - (1 - alpha**2).sqrt() * answer
+        first = states[0]
+        a0 = scheduler.alphas_cumprod[first.arguments["timestep"].reshape(-1)[:1].long()].sqrt()
+        same = a0 * first.arguments["hidden_states"] - (1 - a0**2).sqrt() * first.answers[0][:, :4]
+        torch.testing.assert_close(clean, same, atol=1e-3, rtol=1e-3)
+    with pytest.raises(InputError, match="captions"):
+        distill(student, teacher=teacher, data=tmp_path / "nothing", folder=tmp_path / "x", settings=settings, **call)
+    with pytest.raises(InputError, match="task"):
+        learn(student, teacher, tmp_path / "y", task=1.0)
+
+
+def _identity_in(file):
+    with safe_open(file, framework="pt") as content:
+        return content.metadata()["identity"]

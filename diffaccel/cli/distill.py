@@ -21,6 +21,8 @@ diffaccel distill --student out/pruned --teacher bundled:image --lora 16 --rate 
 
 diffaccel distill --student out/shallow --freeze 0.5 --guided-rates --sample-every 200 -o out/healed
 
+diffaccel distill --student out/pruned --teacher bundled:image --data ./pictures --task 0.5 -o out/healed
+
 diffaccel distill --student bundled:image --guidance --lora 32 --rate 5e-4 -o out/one-call
 
 accelerate launch -m diffaccel.cli distill --student out/pruned --precision bf16 -o out/healed
@@ -53,6 +55,11 @@ def distill(
     sample_every: Annotated[int, typer.Option(min=0, help="Steps between sample pictures; 0: none.")] = 0,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     prompts: Annotated[Path | None, typer.Option(help="Prompts of the teacher's runs; one per line or JSON.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Instead, a folder of pictures with captions: name.txt beside name.png, or metadata.jsonl."),
+    ] = None,
+    task: Annotated[float, typer.Option(help="Weight of the distance to the data's own answer, for --data.")] = 0.0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many of the prompts.")] = 64,
     runs: Annotated[int | None, typer.Option(min=1, help="Runs of the teacher; default: one per prompt.")] = None,
     denoising_steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of the teacher's runs.")] = None,
@@ -77,6 +84,7 @@ def distill(
         rate=rate,
         features=features,
         attention=attention,
+        task=task,
         lora=lora,
         freeze=freeze,
         guided_rates=guided_rates,
@@ -89,7 +97,7 @@ def distill(
     )
     if teacher is None and not guidance:
         raise InputError("give --teacher, the pipeline to learn from, or --guidance")
-    texts = chosen_prompts(teacher or student, prompts, count, tuning=True)
+    texts = None if data is not None else chosen_prompts(teacher or student, prompts, count, tuning=True)
     calls = call_arguments(denoising_steps, size, frames) | ({} if scale is None else {"guidance_scale": scale})
     quiet_libraries()
     from diffaccel.distillation.distill import distill as run
@@ -102,6 +110,7 @@ def distill(
         learner.pipe,
         teacher=None if guide is None else guide.pipe,
         prompts=texts,
+        data=data,
         folder=output / "training",
         settings=settings,
         runs=runs,

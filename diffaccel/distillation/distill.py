@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from diffaccel.denoiser import Denoiser, find_denoisers
 from diffaccel.distillation.lora import add_lora, drop_lora, merge_lora
+from diffaccel.distillation.pictures import captioned, record_pictures
 from diffaccel.distillation.recording import record_teacher
 from diffaccel.distillation.settings import Distillation
 from diffaccel.distillation.trainer import Trainer
@@ -25,7 +27,8 @@ def distill(
     pipe: Any,
     *,
     teacher: Any = None,
-    prompts: Any,
+    prompts: Any = None,
+    data: str | os.PathLike[str] | None = None,
     folder: str | os.PathLike[str],
     settings: Distillation | None = None,
     runs: int | None = None,
@@ -42,6 +45,8 @@ def distill(
         pipe: the pipeline whose denoiser learns; not accelerated (a pruned one: baked).
         teacher: the pipeline to learn from, of the same kind; None: ``pipe`` itself as it is now.
         prompts: of the teacher's runs, from whose steps the student learns, or the arguments of a call each.
+        data: instead, a folder of pictures with captions: what is learnt is the teacher's answer to noisy pictures (and
+            with ``task`` in the settings the right one).
         folder: for the recorded runs (``teacher``), ``curve.csv``, the state and sample pictures.
         settings: by default `Distillation()`.
         runs: of the teacher; by default one for each prompt.
@@ -58,7 +63,14 @@ def distill(
         InputError: no prompts, a folder of another training, calls that cannot be recorded.
     """
     settings = settings or Distillation()
-    requests = requests_of(prompts)
+    if (prompts is None) == (data is None):
+        raise InputError("distill needs either prompts of the teacher's runs or data, a folder of pictures")
+    pictures = None if data is None else captioned(Path(data))
+    requests = requests_of(prompts if pictures is None else [text for _, text in pictures])
+    if settings.task and pictures is None:
+        raise InputError(
+            "Distillation(task=...) needs data=, a folder of pictures: a teacher's runs have no other answer"
+        )
     student = _denoiser(pipe, component)
     guide = _denoiser(teacher or pipe, component)
     _check(student, guide, settings, self_taught=teacher is None)
@@ -66,13 +78,18 @@ def distill(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
         recording = progress.add_task("teacher's runs", total=runs or len(requests))
-        files, recorded = record_teacher(
-            *(teacher or pipe, guide, requests, call, folder / "teacher"),
-            runs=runs or len(requests),
-            guidance=settings.guidance,
-            seed=settings.seed,
-            notify=lambda done, of: progress.update(recording, completed=done, total=of),
-        )
+        with PartialState().main_process_first():  # the others find its files
+            recorder: Any = record_teacher
+            what: dict[str, Any] = {"runs": runs or len(requests), "guidance": settings.guidance}
+            source: Any = requests
+            if data is not None:
+                recorder, what, source = record_pictures, {}, Path(data)
+            files, recorded = recorder(
+                *(teacher or pipe, guide, source, call, folder / "teacher"),
+                seed=settings.seed,
+                notify=lambda done, of: progress.update(recording, completed=done, total=of),
+                **what,
+            )
         training = progress.add_task("learning", total=settings.steps)
 
         def show(step: int, loss: float) -> None:
@@ -158,11 +175,19 @@ def _check(student: Denoiser, guide: Denoiser, settings: Distillation, *, self_t
     for name, parameter in student.module.named_parameters():
         if not parameter.is_floating_point() or type(parameter.data) is not torch.Tensor:
             raise PlanError(f"{student.component}.{name} is quantized; distil first, then quantize")
+    sixteen = any(p.dtype in (torch.float16, torch.bfloat16) for p in student.module.parameters())
+    if sixteen and not settings.lora:
+        raise InputError(
+            f"the weights of {student.component} have 16 bits, in which small updates are lost: load the student with "
+            "dtype='float32' (precision='bf16' computes in 16 bits all the same), or train adapters (lora=16)"
+        )
     if getattr(student.module, "is_quantized", False):
         raise PlanError(f"{student.component} is quantized; distil first, then quantize")
     if type(student.module) is not type(guide.module):
         raise PlanError(
             f"a {type(student.module).__name__} cannot learn from a {type(guide.module).__name__}: their calls differ"
         )
+    if settings.guidance and settings.task:
+        raise InputError("Distillation(guidance=True) learns from runs; task is for pictures")
     if self_taught and not settings.guidance:
         raise InputError("without a teacher there is nothing to learn but guidance: give teacher= or guidance=True")

@@ -52,7 +52,7 @@ def record_teacher(
         notify(i, runs)
         if file.exists():
             continue
-        steps = _Steps(denoiser)
+        steps = Steps(denoiser)
         request = {**call, **requests[i % len(requests)]}
         with torch.no_grad():
             steps.follow(pipe, lambda request=request, i=i: run_pipeline(pipe, request, seed + i))
@@ -64,7 +64,11 @@ def record_teacher(
     return files, identity[:16]
 
 
-class _Steps:
+class _Enough(Exception):
+    """Ends a run whose rest nobody looks at."""
+
+
+class Steps:
     """The denoiser's calls in one run, and what the scheduler was given after each of them."""
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -72,8 +76,11 @@ class _Steps:
         self._signature = inspect.signature(denoiser.module.forward)
         self._calls: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._steps: list[tuple[int, Tensor]] = []  # calls made so far, and the prediction
+        self._most: int | None = None
 
-    def follow(self, pipe: Any, run: Callable[[], Any]) -> None:
+    def follow(self, pipe: Any, run: Callable[[], Any], calls: int | None = None) -> None:
+        """Watch a run, or only its first so many ``calls``."""
+        self._most = calls
         hook = self._denoiser.module.register_forward_hook(self._keep, with_kwargs=True)
         scheduler = pipe.scheduler
         step, own = scheduler.step, scheduler.__dict__.get("step")
@@ -88,6 +95,8 @@ class _Steps:
         scheduler.step = watched
         try:
             run()
+        except _Enough:
+            pass
         finally:
             hook.remove()
             del scheduler.step
@@ -104,6 +113,13 @@ class _Steps:
                 raise InputError(f"{type(module).__name__} takes arguments without names, which cannot be recorded")
         arguments = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu().clone(), arguments)
         self._calls.append((arguments, [t.detach().cpu().clone() for t in output_tensors(output)]))
+        if self._most is not None and len(self._calls) >= self._most:
+            raise _Enough
+
+    @property
+    def first_arguments(self) -> dict[str, Any]:
+        """Of the first call."""
+        return self._calls[0][0]
 
     def plain(self) -> list[State]:
         time = timestep_parameter(self._denoiser.module)
@@ -126,7 +142,7 @@ class _Steps:
                         "no step has two branches: call with the guidance that the student is to learn, such as "
                         "guidance_scale=4.5"
                     )
-                arguments = {n: _second_half(v, rows) for n, v in arguments.items()}
+                arguments = {n: second_half(v, rows) for n, v in arguments.items()}
                 outputs = [t.chunk(2)[1] for t in outputs]
             states.append(State(arguments, _as_output(prediction, outputs), time))
         return states
@@ -152,7 +168,9 @@ def _halves_equal(arguments: Mapping[str, Any]) -> bool:
     return bool(latents) and all(t.shape[0] % 2 == 0 and torch.equal(*t.chunk(2)) for t in latents)
 
 
-def _second_half(value: Any, rows: int) -> Any:
+def second_half(value: Any, rows: int) -> Any:
+    """Of all tensors in ``value`` that have ``rows`` rows, the second half: the conditional branch."""
+
     def half(tensor: Tensor) -> Tensor:
         return tensor.chunk(2)[1].clone() if tensor.ndim and tensor.shape[0] == rows else tensor
 

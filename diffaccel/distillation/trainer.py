@@ -149,7 +149,7 @@ class Trainer:
         device_type = next(self._student.module.parameters()).device.type
         cast = torch.autocast(device_type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
         with cast:
-            found = output_tensors(module(**state.arguments))
+            found = output_tensors(module(**_for(self._student.module, state.arguments)))
             if self._teacher is not None and self._hooks:
                 with torch.no_grad():
                     self._teacher.module(**state.arguments)
@@ -211,6 +211,16 @@ class Trainer:
         folder = self._folder / "samples"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"step-{step:06d}.png")
+
+
+def _for(module: nn.Module, arguments: Any) -> Any:
+    """What a teacher of 16 bits was asked, as a student of 32 bits takes it."""
+    weight = next(p for p in module.parameters() if p.is_floating_point())
+
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+    return pytree.tree_map_only(Tensor, widened, arguments) if weight.dtype == torch.float32 else arguments
 
 
 @lru_cache(maxsize=2)

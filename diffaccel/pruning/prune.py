@@ -33,7 +33,7 @@ from diffaccel.pruning.scores import (
     taylor_scores,
 )
 from diffaccel.pruning.section import PREFIX, Pruning
-from diffaccel.pruning.verify import cuttable
+from diffaccel.pruning.verify import cuttable, mismatch
 from diffaccel.recording import Recorded, record, requests_of
 
 _STEPS = 4  # calls that are kept of each prompt
@@ -78,7 +78,9 @@ def prune(
     for denoiser in denoisers:
         if "_diffaccel" in denoiser.module.__dict__:
             raise PlanError(f"{denoiser.component} is accelerated; call remove() on its handle, then prune")
-    recorded = record(model, denoisers, requests, call, _STEPS)
+    # These methods do not look at calls; one is needed to try what can be cut.
+    looked_at = requests[:1] if section.method in ("ecodiff", "magnitude", "random") else requests
+    recorded = record(model, denoisers, looked_at, call, _STEPS)
     artefacts: dict[str, Tensor] = {}
     flow_texts: list[str] = []
     depth: list[str] = []
@@ -111,7 +113,10 @@ def prune(
             kept = evolve(denoiser, groups, calls, decide, section.seed, notify)
         else:
             kept = decide(_scores(section, denoiser, groups, calls))
-        depth += _depth(denoiser, groups, kept, calls[0])
+        cut = [g for g in groups if g.key in kept]
+        if reason := mismatch(denoiser, cut, kept, lambda d=denoiser, c=calls[0]: c.run(d.module)):
+            raise PlanError(f"{denoiser.component} cannot be cut like this: {reason}; name fewer units")
+        depth += _depth(denoiser, cut, kept, calls[0])
         artefacts |= {f"{PREFIX}{denoiser.component}.{key}": k.to(torch.int32) for key, k in kept.items()}
     section = dataclasses.replace(section, flows=tuple(flow_texts), depth=tuple(depth))
     others = tuple(s for s in plan.pruning if not isinstance(s, Pruning))
@@ -124,9 +129,8 @@ def prune(
     )
 
 
-def _depth(denoiser: Denoiser, groups: Sequence[Group], kept: Mapping[str, Tensor], call: Recorded) -> list[str]:
+def _depth(denoiser: Denoiser, cut: Sequence[Group], kept: Mapping[str, Tensor], call: Recorded) -> list[str]:
     """``transformer.num_layers=6`` where only blocks go and a config can say so."""
-    cut = [g for g in groups if g.key in kept]
     if not cut or any(g.kind != "block" for g in cut):
         return []
     with ExitStack() as undo:

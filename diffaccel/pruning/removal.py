@@ -62,9 +62,12 @@ def remove_units(
         The shape record of what was changed, and the original parameters by name.
 
     Raises:
-        PlanError: see `why_not`; nothing was changed.
+        PlanError: see `why_not`, or a group that would lose all of its units and cannot; nothing was changed.
     """
     cut = [g for g in groups if g.key in kept and len(kept[g.key]) < g.units]
+    for group in cut:
+        if not len(kept[group.key]) and group.stand_in is None:
+            raise PlanError(f"{group.key} cannot lose all of its {group.units} units; keep one at least")
     if reason := why_not(denoiser, cut):
         raise PlanError(reason)
     removed = [g for g in cut if len(kept[g.key]) == 0]
@@ -91,10 +94,9 @@ def remove_units(
                 set_count(module, count.name, value)
                 record["counts"].setdefault(count.owner, {})[count.name] = value
         for group in removed:
-            if group.stand_in is None:
-                raise PlanError(f"{group.key} cannot lose all of its {group.units} units; keep one at least")
             if any(f"{group.name}.".startswith(g) and f"{group.name}." != g for g in gone):
                 continue  # inside another that is removed
+            assert group.stand_in is not None
             stand_in = group.stand_in()
             replace_module(denoiser.module, group.name, stand_in, reference, originals, undo, parked)
             record["replaced"][group.name] = {"kind": stand_in.kind, **stand_in.arguments()}

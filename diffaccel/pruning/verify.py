@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,7 +46,8 @@ def cuttable(
 
     def sort_out(families: list[list[Group]]) -> None:
         members = [g for family in families for g in family]
-        reason = _mismatch(denoiser, members, call)
+        one_less = {g.key: torch.arange(g.units - 1) for g in members}
+        reason = mismatch(denoiser, members, one_less, call)
         if reason is None:
             fine.update(g.key for g in members)
         elif len(families) == 1:
@@ -69,13 +70,14 @@ def _likeness(group: Group) -> tuple[Any, ...]:
     return group.kind, name, layers, group.parameters
 
 
-def _mismatch(denoiser: Denoiser, groups: Sequence[Group], call: Callable[[], Any]) -> str | None:
-    """Why masking and removing a unit in each of ``groups`` differ, or None."""
-    kept = {g.key: torch.arange(g.units - 1) if g.units > 1 else torch.arange(0) for g in groups}
+def mismatch(
+    denoiser: Denoiser, groups: Sequence[Group], kept: Mapping[str, Tensor], call: Callable[[], Any]
+) -> str | None:
+    """Why masking and removing all but the ``kept`` units of ``groups`` differ, or None."""
     dtype = next(denoiser.module.parameters()).dtype
     with torch.no_grad(), ExitStack() as undo:
         with Masks(denoiser.module, groups) as masks:
-            masks.set({g.key: (torch.arange(g.units) < len(kept[g.key])).float() for g in groups})
+            masks.set({g.key: torch.zeros(g.units).index_fill(0, kept[g.key], 1.0) for g in groups})
             masked = output_tensors(call())
         try:
             remove_units(denoiser, groups, kept, Originals("device", undo), undo)
