@@ -27,10 +27,20 @@ from pathlib import Path
 os.environ.setdefault("DIFFACCEL_KERNELS", "int8_linear=onednn;int8_static_linear=onednn;int4_linear=onednn")
 
 import torch
-from quantization_rows import RANK, allocations, calibrated_sections, candidates, orderings, plan_rows, simulated_rows
+from quantization_rows import (
+    LEARNT,
+    RANK,
+    W4,
+    allocations,
+    calibrated_sections,
+    candidates,
+    orderings,
+    plan_rows,
+    simulated_rows,
+)
 from rich.progress import Progress
 
-from diffaccel import Plan, accelerate, calibrate
+from diffaccel import Plan, accelerate, calibrate, learn_rounding
 from diffaccel.denoiser import find_denoisers
 from diffaccel.eval.compare import compare
 from diffaccel.eval.metrics.intervals import difference_interval
@@ -74,6 +84,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="held-out ones, of the pictures")
     parser.add_argument("--calibration", type=int, default=8, help="tuning prompts of the calibration")
     parser.add_argument("--sensitivity", type=int, default=2, help="tuning prompts of the sensitivities")
+    parser.add_argument("--iterations", type=int, default=300, help="of learnt rounding, for every block")
     parser.add_argument("--bits", type=float, default=6, help="average of the allocations by bits")
     parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these")
     parser.add_argument("--measures", nargs="*", default=["adherence"], help="beside PSNR and SSIM")
@@ -104,6 +115,11 @@ def main() -> None:
         pipe, Plan(quantization=sections), prompts=requests[: options.calibration], folder=options.folder
     )
     rows: dict[str, Plan | Callable] = {**simulated_rows(calibrated.artefacts), **plan_rows(calibrated)}
+    if wanted(LEARNT):
+        learnt = replace(calibrated, quantization=(replace(W4, rounding="learnt"),))
+        rows[LEARNT] = learn_rounding(
+            pipe, learnt, prompts=requests[: options.calibration], iterations=options.iterations, folder=options.folder
+        )
     notes: dict[str, str] = {}
     if wanted("mixed") or any("mixed" in part for part in options.rows or ()):
         found = sensitivities(pipe, requests[: options.sensitivity], calibrated, options.folder)

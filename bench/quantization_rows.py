@@ -22,6 +22,7 @@ W4 = Quantize(weights="int4", activations="float", group=64)
 W8A8, W4A8 = Quantize(), Quantize(weights="int4", group=64)
 STATIC = Quantize(activations="static")
 RANK = 16
+LEARNT = "W4 groups, learnt rounding"
 CHANNEL_GROUPS = 8  # of DGQ
 # Of the whole denoiser's float32 bytes; the modulation's weights then count too much to be left as they are.
 SMALL_SHARE = 0.20
@@ -34,6 +35,7 @@ ORDERINGS = (
     ("W4 groups + rotation", "W4 groups, calibrated"),
     (f"W4 groups + rank {RANK}, refined", "W4 groups, calibrated"),
     (f"W4 groups + rotation + rank {RANK}, refined", "W4 groups + rotation"),
+    (LEARNT, "W4 groups, calibrated"),
     ("mixed, bytes of rank", f"W4 groups + rank {RANK}"),
     ("W8A8", "W8A8 per tensor, naive"),
     ("W8A8 + balance + rotation", "W8A8"),
