@@ -15,7 +15,7 @@ from diffaccel.quantization.loading import Loading, dequantize
 from diffaccel.quantization.register import register
 
 
-class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
+class EncoderQuantizer(HfQuantizer):
     """Called by ``from_pretrained`` of transformers' models; see `Loading`."""
 
     quantization_config: DiffAccelConfig
@@ -55,7 +55,7 @@ class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         """What is stored stays in the dtype of the file."""
         if any(self._loading.takes(name) for name in converter.target_patterns):
             return None
-        return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._loading.finish(model)
@@ -66,7 +66,7 @@ class EncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """Quantizes one weight as it is read."""
 
     def __init__(self, loading: Loading) -> None:

@@ -56,9 +56,7 @@ class Loading:
             self._saved = saved_layers(self._config.saved)
             for name, saved in self._saved.items():
                 layer = _layer_at(model, name)
-                become_quantized(
-                    layer, [saved.run], saved.empty(), self._dtype(name, layer._parameters["weight"].dtype)
-                )  # type: ignore[union-attr]
+                become_quantized(layer, [saved.run], saved.empty(), self._dtype(name, layer.weight.dtype))
             return
         (network,) = find_denoisers(model)
         settings = self._config.settings
