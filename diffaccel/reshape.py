@@ -24,7 +24,18 @@ _MARK = "_diffaccel_shape"
 _ROLE = "_diffaccel_role"
 
 
-class Pass(nn.Module):
+class StandIn(nn.Module):
+    """Takes the place of a module that was removed."""
+
+    kind: str
+    """Its name in shape records."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes another one, JSON-ready."""
+        raise NotImplementedError
+
+
+class Pass(StandIn):
     """Stands for a removed block: gives what it got.
 
     Args:
@@ -50,7 +61,7 @@ class Pass(nn.Module):
         return tuple(None if name is None else given[name] for name in places)
 
 
-class Zeros(nn.Module):
+class Zeros(StandIn):
     """Stands for a removed sub-layer: adds nothing to the residual.
 
     Args:
@@ -78,7 +89,7 @@ class Zeros(nn.Module):
         return zeros
 
 
-class Shortcut(nn.Module):
+class Shortcut(StandIn):
     """Stands for a residual block of a UNet without its residual: what is left is the projection to other channels."""
 
     kind = "shortcut"
@@ -96,7 +107,7 @@ class Shortcut(nn.Module):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) / self.scale
 
 
-class LowRank(nn.Module):
+class LowRank(StandIn):
     """A linear as the product of two of rank ``rank``."""
 
     kind = "low_rank"
@@ -126,7 +137,7 @@ def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
 
 
-STAND_INS = {cls.kind: cls for cls in (Pass, Zeros, Shortcut, LowRank)}
+STAND_INS: dict[str, Any] = {cls.kind: cls for cls in (Pass, Zeros, Shortcut, LowRank)}
 
 
 def shape_of(model: nn.Module) -> Record:

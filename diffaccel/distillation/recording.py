@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def record_teacher(
         steps = Steps(denoiser)
         request = {**call, **requests[i % len(requests)]}
         with torch.no_grad():
-            steps.follow(pipe, lambda request=request, i=i: run_pipeline(pipe, request, seed + i))
+            steps.follow(pipe, partial(run_pipeline, pipe, request, seed + i))
         states = steps.guided() if guidance else steps.plain()
         if not states:
             raise PlanError(f"{type(pipe).__name__} never called {denoiser.component}; check the call's arguments")

@@ -91,8 +91,10 @@ class Trainer:
         for group, factor in zip(optimizer.param_groups, factors.tolist(), strict=True):
             group["factor"] = factor
         module, optimizer = accelerator.prepare(self._student.module, optimizer)
-        if settings.checkpointing and hasattr(self._student.module, "enable_gradient_checkpointing"):
-            self._student.module.enable_gradient_checkpointing()
+        model: Any = self._student.module
+        checkpointing = settings.checkpointing and hasattr(model, "enable_gradient_checkpointing")
+        if checkpointing:
+            model.enable_gradient_checkpointing()
         curve = _Curve(self._folder / "curve.csv", done) if accelerator.is_main_process else None
         self._watch_features()
         try:
@@ -122,8 +124,8 @@ class Trainer:
             for pair in self._hooks.values():
                 for features in pair:
                     features.remove()
-            if settings.checkpointing and hasattr(self._student.module, "disable_gradient_checkpointing"):
-                self._student.module.disable_gradient_checkpointing()
+            if checkpointing:
+                model.disable_gradient_checkpointing()
         with torch.no_grad():
             for parameter, value in zip(self._trained, average, strict=True):
                 parameter.copy_(value)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from diffaccel.denoiser import Denoiser
 from diffaccel.pruning.groups import Group, groups_of
-from diffaccel.reshape import Pass, Shortcut, Zeros
+from diffaccel.reshape import Pass, Shortcut, StandIn, Zeros
 
 Flow = Mapping[str, str]
 
@@ -142,7 +142,7 @@ def _sublayers(denoiser: Denoiser, flows: Mapping[str, Flow]) -> Iterator[Group]
         yield Group("sublayer", group.name, 1, outputs=tuple(readers), stand_in=stand_in, module=module)
 
 
-def _zeros(features: int, added: int, *, joint: bool, channels_first: bool = False) -> Callable[[], nn.Module]:
+def _zeros(features: int, added: int, *, joint: bool, channels_first: bool = False) -> Callable[[], StandIn]:
     return lambda: Zeros(features, added, joint=joint, channels_first=channels_first)
 
 
@@ -172,5 +172,5 @@ def _widens(module: nn.Module) -> bool:
     return isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and first.in_channels != last.out_channels
 
 
-def _shortcut(channels: list[int] | None, scale: float) -> Callable[[], nn.Module]:
+def _shortcut(channels: list[int] | None, scale: float) -> Callable[[], StandIn]:
     return lambda: Shortcut(channels, scale)

@@ -48,7 +48,7 @@ def drop_stand_ins(model: nn.Module, config: Mapping[str, int]) -> None:
     """Take the stand-ins out for good, and say so in the config."""
     for module in list(model.modules()):
         if _shortened(module):
-            _keep(module, [m for m in module if not isinstance(m, Pass)])
+            _keep(module, list(module._modules.values()))
     assert isinstance(model, ConfigMixin)
     model.register_to_config(**config)
 
@@ -56,23 +56,26 @@ def drop_stand_ins(model: nn.Module, config: Mapping[str, int]) -> None:
 @contextmanager
 def without_stand_ins(model: nn.Module) -> Iterator[None]:
     """The model as `drop_stand_ins` leaves it, for a while."""
-    before = [(m, list(m)) for m in model.modules() if _shortened(m)]
+    before = [(m, list(m._modules.values())) for m in model.modules() if _shortened(m)]
     for module, elements in before:
-        _keep(module, [m for m in elements if not isinstance(m, Pass)])
+        _keep(module, elements)
     try:
         yield
     finally:
         for module, elements in before:
-            _keep(module, elements)
+            module._modules.clear()
+            module._modules.update({str(i): element for i, element in enumerate(elements)})
 
 
 def _shortened(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList) and any(isinstance(m, Pass) for m in module)
 
 
-def _keep(module: nn.Module, elements: Sequence[nn.Module]) -> None:
+def _keep(module: nn.Module, elements: Sequence[nn.Module | None]) -> None:
+    """All of a list's ``elements`` that are no stand-ins."""
+    left = [m for m in elements if not isinstance(m, Pass)]
     module._modules.clear()
-    module._modules.update({str(i): element for i, element in enumerate(elements)})
+    module._modules.update({str(i): element for i, element in enumerate(left)})
 
 
 def _candidates(model: Any, lists: Mapping[str, Any]) -> Iterator[dict[str, int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.denoiser import Denoiser
+from diffaccel.reshape import StandIn
 
 KINDS = ("heads", "neurons", "sublayer", "resnet", "block")
 
@@ -74,7 +75,7 @@ class Group:
     outputs: tuple[str, ...] = ()
     flow: Mapping[str, str] | None = None
     parameters: tuple[str, ...] = ()
-    stand_in: Callable[[], nn.Module] | None = field(default=None, repr=False)
+    stand_in: Callable[[], StandIn] | None = field(default=None, repr=False)
     module: nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -267,9 +268,10 @@ def _neurons_before(denoiser: Denoiser, name: str, reader: nn.Module, role: str)
     owner = denoiser.module.get_submodule(parent)
     before = 0
     if any(s.role == "fused.in" for s in writers):
-        before = _attention_width(denoiser, parent)
-        if before is None:
+        width = _attention_width(denoiser, parent)
+        if width is None:
             return None
+        before = width
         offset = 3 * before if packed else 0
     else:
         offset = 0

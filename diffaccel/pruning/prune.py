@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,11 +87,12 @@ def prune(
     depth: list[str] = []
     for denoiser in denoisers:
         calls = recorded[denoiser.component]
-        flows = flows_of(denoiser, lambda d=denoiser, c=calls[0]: c.run(d.module))
+        one = partial(calls[0].run, denoiser.module)
+        flows = flows_of(denoiser, one)
         groups = _usable(denoiser, section, flows, calls, notify)
         whole = {g.name for g in groups if g.stand_in is not None}
         flow_texts += texts_of(denoiser, {n: f for n, f in flows.items() if n in whole})
-        costs = costs_of(denoiser, groups, section.budget, lambda d=denoiser, c=calls[0]: c.run(d.module))
+        costs = costs_of(denoiser, groups, section.budget, one)
 
         def decide(scores: Scores, groups: Sequence[Group] = groups, costs: Any = costs) -> dict[str, Tensor]:
             return choose(groups, scores, costs, section.ratio, section.multiple, section.scope)
@@ -114,7 +116,7 @@ def prune(
         else:
             kept = decide(_scores(section, denoiser, groups, calls))
         cut = [g for g in groups if g.key in kept]
-        if reason := mismatch(denoiser, cut, kept, lambda d=denoiser, c=calls[0]: c.run(d.module)):
+        if reason := mismatch(denoiser, cut, kept, one):
             raise PlanError(f"{denoiser.component} cannot be cut like this: {reason}; name fewer units")
         depth += _depth(denoiser, cut, kept, calls[0])
         artefacts |= {f"{PREFIX}{denoiser.component}.{key}": k.to(torch.int32) for key, k in kept.items()}
