@@ -26,6 +26,7 @@ from diffaccel.plan import Plan
 from diffaccel.pruning.section import LowRank, Pruning
 from diffaccel.quantization.register import register as _register_quantizer
 from diffaccel.quantization.section import Quantize
+from diffaccel.tokens.section import MergeTokens
 from diffaccel.tuning.budget import Budget
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ __all__ = [
     "GuidanceReuse",
     "InputError",
     "LowRank",
+    "MergeTokens",
     "MissingPackageError",
     "ModelError",
     "Plan",

@@ -15,6 +15,7 @@ import diffaccel.exact.attach
 import diffaccel.guidance.attach
 import diffaccel.pruning.attach
 import diffaccel.quantization.attach
+import diffaccel.tokens.attach
 from diffaccel.clock import Clock
 from diffaccel.denoiser import find_denoisers, find_encoders
 from diffaccel.errors import PlanError, did_you_mean
@@ -28,6 +29,7 @@ _MODULES: dict[str, Technique] = {
     "pruning": diffaccel.pruning.attach,
     "quantization": diffaccel.quantization.attach,
     "attention": diffaccel.attention.attach,
+    "tokens": diffaccel.tokens.attach,
     "exact": diffaccel.exact.attach,
     "caching": diffaccel.caching.attach,
     "guidance": diffaccel.guidance.attach,

@@ -119,6 +119,7 @@ class Plan:
         pruning: a `Pruning` section with what it removes among the artefacts, and `LowRank` sections.
         quantization: `Quantize` sections; where several match a site at a step, the last one wins.
         attention: `BlockSparse` sections; likewise.
+        tokens: `MergeTokens` sections; likewise.
         exact: one `ExactReuse`, or None.
         caching: one `StepCache`, or None.
         guidance: one `GuidanceReuse`, or None.
@@ -133,6 +134,7 @@ class Plan:
     pruning: tuple[Section, ...] = ()
     quantization: tuple[Section, ...] = ()
     attention: tuple[Section, ...] = ()
+    tokens: tuple[Section, ...] = ()
     exact: Section | None = None
     caching: Section | None = None
     guidance: Section | None = None
@@ -141,7 +143,7 @@ class Plan:
     name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("pruning", "quantization", "attention"):
+        for name in ("pruning", "quantization", "attention", "tokens"):
             value = getattr(self, name)
             sections = (value,) if isinstance(value, Section) else value
             if not isinstance(sections, list | tuple):
@@ -261,7 +263,7 @@ class Plan:
         return cls.from_dict(data, _load_artefacts(file.parent / "artefacts.safetensors", data.get("artefacts", [])))
 
 
-TECHNIQUES = ("pruning", "quantization", "attention", "exact", "caching", "guidance")
+TECHNIQUES = ("pruning", "quantization", "attention", "tokens", "exact", "caching", "guidance")
 """The plan's technique fields in order of attachment."""
 _SINGLE = ("exact", "caching", "guidance")  # fields of one section, not a list
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TECHNIQUES = ("attention", "caching", "distillation", "exact", "guidance", "pruning", "quantization")
+TECHNIQUES = ("attention", "caching", "distillation", "exact", "guidance", "pruning", "quantization", "tokens")
 TOP = ("attach", "calibration", "quantizing", "presets")
 FLOORS = {"kernels": 1, "eval.metrics": 1, "assets": 1, "eval": 5, "inspection": 5, "pipelines": 5, "tuning": 5, "cli": 6}
 
