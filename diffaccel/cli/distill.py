@@ -100,6 +100,8 @@ def distill(
     texts = None if data is not None else chosen_prompts(teacher or student, prompts, count, tuning=True)
     calls = call_arguments(denoising_steps, size, frames) | ({} if scale is None else {"guidance_scale": scale})
     quiet_libraries()
+    from accelerate import PartialState
+
     from diffaccel.distillation.distill import distill as run
     from diffaccel.pipelines.loading import load, save
 
@@ -119,5 +121,7 @@ def distill(
         **{**defaults, **calls},
     )
     learner.defaults = {**defaults, **learner.defaults} | ({"guidance_scale": 1.0} if guidance else {})
+    if not PartialState().is_main_process:
+        return
     save(learner, output)
     note(f"wrote {output}; curve: {output / 'training' / 'curve.csv'}")

@@ -78,7 +78,8 @@ def distill(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
         recording = progress.add_task("teacher's runs", total=runs or len(requests))
-        with PartialState().main_process_first():  # the others find its files
+        on_cpu = next(student.module.parameters()).device.type == "cpu"
+        with PartialState(cpu=on_cpu).main_process_first():  # the others find its files
             recorder: Any = record_teacher
             what: dict[str, Any] = {"runs": runs or len(requests), "guidance": settings.guidance}
             source: Any = requests

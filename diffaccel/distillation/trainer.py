@@ -68,7 +68,7 @@ class Trainer:
         self._places = [(file, i) for file in files for i in range(len(self._load(file)))]
         told = [recorded, len(self._places), asdict(settings), [tuple(p.shape) for p in self._trained]]
         self._identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-        self._accelerator = Accelerator()
+        self._accelerator = Accelerator(cpu=next(student.module.parameters()).device.type == "cpu")
         self._hooks: dict[str, tuple[Features, Features]] = {}
 
     def run(self) -> None:
