@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[5.0, 6.0])
     parser.add_argument("--ranges", type=int, help="of steps; divides their number (default: half of it)")
     parser.add_argument("--sensitivity", type=int, default=4, help="tuning prompts that sensitivities are measured on")
-    parser.add_argument("--tuning", type=int, default=16, help="tuning prompts that plans are chosen on")
+    parser.add_argument("--tuning", type=int, default=48, help="tuning prompts that plans are chosen on")
     parser.add_argument("--held-out", type=int, default=256, help="prompts of the table")
     parser.add_argument("--folder", type=Path, required=True, help="for everything found; an interrupted run goes on")
     parser.add_argument("--threads", type=int, default=1)

@@ -91,7 +91,7 @@ def per_tensor(site: Site) -> Callable[[Tensor], Tensor]:
 
 
 def channel_groups(artefacts: Artefacts) -> Callable[[Site], Callable[[Tensor], Tensor]]:
-    """8 bits, one scale for each of a few groups of channels of like range (DGQ, arXiv:2501.04304, sec. 4)."""
+    """8 bits, one scale for each of a few groups of channels of like range (DGQ, arXiv:2501.04304)."""
 
     def of(site: Site) -> Callable[[Tensor], Tensor]:
         measured = channels_of(artefacts, site)
@@ -111,7 +111,7 @@ def channel_groups(artefacts: Artefacts) -> Callable[[Site], Callable[[Tensor], 
 
 @contextmanager
 def log2_probabilities(pipe: object, bits: int, *, keep_first: bool) -> Iterator[None]:
-    """Attention probabilities as powers of two below their largest (DGQ, sec. 4.3); self- and cross-attention.
+    """Attention probabilities as powers of two below their largest (DGQ); self- and cross-attention.
 
     ``keep_first`` leaves the first column of cross-attention, where a start token may be, as it is.
     """

@@ -2,7 +2,7 @@
 
     q = clip(round(x * before / s + z)),    y = ((q - z) q_w^T) * s * s_w + b
 
-What few-step models get (MixDQ, arXiv:2405.17873, sec. 3): their activations hardly differ between prompts, so that a
+What few-step models get (MixDQ, arXiv:2405.17873): their activations hardly differ between prompts, so that a
 range measured once will do, and no row has to be read before it can be rounded. The zero point z gives activations of
 one sign, such as those behind a GELU, all the codes. Coarser than a scale for each token (`int8_linear`) wherever
 tokens differ. Values beyond the range are clipped, infinite ones too; NaN becomes any number within it: where that

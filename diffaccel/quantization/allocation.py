@@ -217,6 +217,7 @@ def _families(s: Sensitivities) -> list[int]:
     for candidate in s.candidates:
         form = candidate.form()
         integer = form.scheme.weights == "int8" or form.scheme.group is not None
+        integer &= not form.conditioning.learnt
         key: object = (form.conditioning, integer) if integer else form
         numbers.append(families.setdefault(key, len(families)))
     return numbers

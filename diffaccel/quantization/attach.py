@@ -20,10 +20,11 @@ from diffaccel.quantization.channels import channels_of
 from diffaccel.quantization.eligible import form_at, parameter_users, refuse_fused_lora, refuse_group_offload, why_not
 from diffaccel.quantization.layer import QuantizedLayer, refuse_loading
 from diffaccel.quantization.linear import become_plain, become_quantized
-from diffaccel.quantization.policy import PolicyPhase, StepPolicy, policy_of
+from diffaccel.quantization.policy import LoadedPhase, StepPolicy, policy_of
 from diffaccel.quantization.prepare import learnt_key, prepare, runs_of
 from diffaccel.quantization.quantizer import mark_quantized
 from diffaccel.quantization.rotation import block_size
+from diffaccel.quantization.saved import saved_steps
 from diffaccel.quantization.schedule import Phase, Schedule, Steps, schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
 from diffaccel.quantization.section import Quantize
@@ -112,6 +113,8 @@ def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
             f"Quantize(activations='static') needs the range of {site.full_name}'s input, which this plan has not; get "
             "it by plan = diffaccel.calibrate(pipe, plan, prompts=[...]), or use activations='int8'"
         )
+    if not isinstance(site.module, nn.Linear):
+        return
     turned = section.balance is not None and section.rotate and section.first == "rotate"
     if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
         raise PlanError(
@@ -159,17 +162,15 @@ def attach(resolved: Resolved, context: Context) -> QuantizedLinears:
 
 
 def follow_policies(context: Context) -> list[str]:
-    """Make models that were loaded with a step policy follow it; gives notes that say which."""
+    """Make models that were loaded with other bits at other steps follow the clock; gives notes that say which."""
     notes = []
     for denoiser in context.denoisers:
         phases = {layer.phase for layer in denoiser.module.modules() if isinstance(layer, QuantizedLayer)}
-        for phase in (phase for phase in phases if isinstance(phase, PolicyPhase)):
+        loaded = [phase for phase in phases if isinstance(phase, LoadedPhase)]
+        for phase in loaded:
             context.undo.callback(phase.release)
             context.root(denoiser).listeners.append(phase.follow)
-            notes.append(
-                f"{denoiser.component} follows its step policy: activations in 16 bits in the first "
-                f"{phase.policy.first} and last {phase.policy.last} steps"
-            )
+        notes += [f"{denoiser.component} follows its steps: {words}" for words in {phase.words for phase in loaded}]
     return notes
 
 
@@ -246,7 +247,10 @@ class QuantizedLinears:
                 f"{policy.last} of {steps} steps"
             )
         elif reason:
-            self._notes.append(f"{component} is saved in its widest form for all steps: {reason}")
+            layers = [layer for site, layer in self._layers.items() if site.component == component]
+            lost = sum(1 for layer in layers if layer.phase is not None and not saved_steps(layer))
+            kept = "the bits of its steps" if not lost else f"{lost} layers in their widest form for all steps"
+            self._notes.append(f"{component} is saved with {kept}; a diffusion_step_policy would not fit: {reason}")
         return policy
 
     def _lacks_fp8_product(self) -> bool:

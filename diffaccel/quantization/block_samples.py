@@ -28,7 +28,8 @@ class Sample:
         values = {name: w.to(module.get_parameter(name).dtype) for name, w in weights.items()}
         output = functional_call(module, values, copied(self.args), copied(dict(self.kwargs)))
         got = floating(output, detach=False)
-        different = sum((a.float() - b.float()).square().sum() for a, b in zip(self.output, got, strict=True))
+        each = [(a.float() - b.float()).square().sum() for a, b in zip(self.output, got, strict=True)]
+        different = torch.stack(each).sum()
         return different / max(sum(float(a.float().square().sum()) for a in self.output), 1e-30)
 
 

@@ -198,7 +198,7 @@ class ChannelRecorder:
 
     def _note_limits(self, name: str, x: Tensor) -> None:
         """Leading rows of a text apart: those that turn out to be protected do not count."""
-        table = x.new_empty(RANGES, 2, 1 + LEADING, x.shape[-1], dtype=torch.float32)
+        table = x.new_empty(RANGES, 2, 1 + (LEADING if name in self._rows else 0), x.shape[-1], dtype=torch.float32)
         table[:, 0], table[:, 1] = torch.inf, -torch.inf
         leading = LEADING if name in self._rows and x.ndim == 3 and x.shape[1] > LEADING else 0
         rest = x[:, leading:] if leading else x

@@ -100,7 +100,7 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[override]
         integer = any(run.scheme.integer_activations for run in runs)
         on_cpu = qweight.device.type == "cpu" and not isinstance(qweight, torch._subclasses.FakeTensor)
         blocked = integer and not (on_cpu and torch.accelerator.is_available())
-        found = {}
+        found: dict[str, Tensor] = {}
         for part in ("", "skip_") if "skip_qweight" in tensors else ("",):
             weight, scale = tensors[f"{part}qweight"], tensors[f"{part}scale"]
             packed = pack_filters(weight, scale, self.geometry, "auto" if blocked else "dense")

@@ -117,9 +117,14 @@ def _prepare(
     if store.conditioning.learnt:
         assert channels is not None
         learnt = channels.learnt(learnt_key(Form(store.runs[0].scheme, store.conditioning)))
-        return {name: tensor.to(weight.device) for name, tensor in learnt.items()}
-    weight, importance, extras = _conditioned(weight, store, ranges, channels, half)
-    return KINDS[store.kind].quantize(weight, store.group, importance) | extras
+        made = {name: tensor.to(weight.device) for name, tensor in learnt.items()}
+    else:
+        weight, importance, extras = _conditioned(weight, store, ranges, channels, half)
+        made = KINDS[store.kind].quantize(weight, store.group, importance) | extras
+    if any(run.scheme.activations == "static" for run in store.runs):
+        assert channels is not None
+        made["act_limits"] = channels.limits(made.get("before"), store.runs[0].scheme.split).to(weight)
+    return made
 
 
 def _conditioned(
@@ -141,10 +146,6 @@ def _conditioned(
             before = balance if before is None else balance * before
     weight = condition_weight(weight, before, after, rotated=rotated)
     extras = {name: t.half() for name, t in (("before", before), ("after", after)) if t is not None}  # exact
-    if any(run.scheme.activations == "static" for run in store.runs):
-        assert channels is not None
-        split = store.runs[0].scheme.split
-        extras["act_limits"] = channels.limits(before, split).to(weight)
     known = channels is not None and channels.measured
     importance = (
         None

@@ -189,7 +189,7 @@ def _learn(
             learnt = {name: r.weight(hard=True) for name, r in roundings.items()}
         if _error(unit.module, kept_back, learnt) < _error(unit.module, kept_back, nearest):
             stored = {name: r.tensors() for name, r in roundings.items()}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, site in unit.sites.items():
         prefix = f"{PREFIX}.{site.full_name}.learnt.{learnt_key(form_at(unit.section, site))}"
         found |= {f"{prefix}.{key}": tensor.cpu().contiguous() for key, tensor in stored[name].items()}

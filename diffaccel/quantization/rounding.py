@@ -2,8 +2,8 @@
 
     w ~ step * (1 + gain) * clip(floor(w / step) + h(v)),        h(v) = clip(1.2 sigmoid(v) - 0.1, 0, 1)
 
-With h pushed to 0 or 1 in the end (AdaRound, arXiv:2004.10568, eq. 16, 22 to 24); the gain stands for the learnt
-clipping of QuantVGGT (arXiv:2509.21302, sec. 3.3): codes stay, what they mean is fitted. What is minimised is not the
+With h pushed to 0 or 1 in the end (AdaRound, arXiv:2004.10568); the gain stands for the learnt
+clipping of QuantVGGT (arXiv:2509.21302): codes stay, what they mean is fitted. What is minimised is not the
 error of the weight, but of what a block of the network makes of it; see `reconstruct`.
 """
 

@@ -57,7 +57,7 @@ class Sensitivities:
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """As safetensors, for `load_sensitivities`: measuring takes long."""
-        words = {"sites": self.sites, "roles": self.roles, "ranges": self.ranges, "way": self.way}
+        words: dict[str, Any] = {"sites": self.sites, "roles": self.roles, "ranges": self.ranges, "way": self.way}
         words["candidates"] = [asdict(c) for c in self.candidates]
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         partial = f"{os.fspath(file)}.partial"

@@ -1,8 +1,8 @@
 """Convolutions of a UNet that read a skip connection beside what comes from below, and where the one ends.
 
 What comes through the skip has another range than the rest, so that one scale for both is coarse for one of them:
-MixDQ (arXiv:2405.17873, sec. 3.3; Q-Diffusion, arXiv:2302.04304, sec. 4.2) rounds the two parts of input and weight
-apart. The convolution is then a sum of two, each in int8, over as many products in all.
+MixDQ (arXiv:2405.17873), after Q-Diffusion (arXiv:2302.04304), rounds the two parts of input and weight apart. The
+convolution is then a sum of two, each in int8, over as many products in all.
 """
 
 from __future__ import annotations

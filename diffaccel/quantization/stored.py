@@ -157,7 +157,7 @@ class _Int4(_Plain):
 class _Int8Filters(_Plain):
     """Of a convolution, [N, C, kh, kw]; it packs them itself, since that depends on its geometry."""
 
-    names = ("qweight", "scale")
+    names: tuple[str, ...] = ("qweight", "scale")
 
     def quantize(self, weight: Tensor, group: int | None, importance: Tensor | None = None) -> dict[str, Tensor]:
         return dict(zip(self.names, quantize_filters(weight), strict=True))
