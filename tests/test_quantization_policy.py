@@ -8,7 +8,7 @@ from diffusers.pipelines.cosmos.mixed_precision import Cosmos3MixedPrecisionConf
 from test_quantization import alike, quantized
 from zoo_pipelines import PIPELINES
 
-from diffaccel import DiffAccelConfig, Plan, PlanError, Quantize, accelerate
+from diffaccel import DiffAccelConfig, ModelError, Plan, PlanError, Quantize, accelerate
 from diffaccel.quantization.policy import StepPolicy, policy_of, read_policy
 from diffaccel.quantization.schedule import schedule_of
 from diffaccel.quantization.scheme import Form, Scheme
@@ -52,18 +52,70 @@ def test_saved_loaded_and_followed(tmp_path, monkeypatch):
     assert parse_diffusion_step_policy(field["runtime"]["diffusion_step_policy"]).first_steps == 2
     saved = {layer: entry["activations"] for entry in field["saved"] for layer in entry["layers"]}
     assert {saved[layer] for layer in saved if "attn1" in layer} == {"int8"}
-    with pytest.warns(UserWarning, match="follows it"):
+    with pytest.warns(UserWarning, match="leaves activations in 16 bits in some steps under"):
         loaded = type(pipe).from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     native = specimen.call(loaded, steps=STEPS)
     with accelerate(loaded, Plan()) as accel:
-        assert "first 2 and last 1 steps" in "\n".join(accel.report().notes)
+        assert "follows its steps: activations in 16 bits in the first 2 and last 1 steps" in "\n".join(
+            accel.report().notes
+        )
         assert alike([specimen.call(loaded, steps=STEPS)], [expected])
         assert not alike([native], [expected])
     assert torch.equal(specimen.call(loaded, steps=STEPS), native)
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "transformer" / "config.json").read_text())["quantization_config"]
     assert again["runtime"] == field["runtime"] and again["saved"] == field["saved"]
+
+
+NESTED = [Quantize(), Quantize(weights="int4", group=32, steps=(0.4, 0.8))]
+
+
+@pytest.mark.parametrize("sections", [NESTED, EDGES], ids=["8 and 4 bits", "before the first run"])
+def test_other_bits_at_other_steps_are_saved_too(sections, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFACCEL_KERNELS", "int8_linear=onednn")
+    specimen, pipe = pipeline()
+    with accelerate(pipe, Plan(quantization=sections)):
+        expected = specimen.call(pipe, steps=STEPS)
+    accel = accelerate(pipe, Plan(quantization=sections))
+    accel.bake()
+    assert "is saved with the bits of its steps" in "\n".join(accel.report().techniques[0].notes)
+    pipe.save_pretrained(tmp_path / "a")
+    field = json.loads((tmp_path / "a" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert "runtime" not in field
+    with pytest.warns(UserWarning, match="runs other bits at other steps under"):
+        loaded = type(pipe).from_pretrained(tmp_path / "a")
+    loaded.set_progress_bar_config(disable=True)
+    ranged = [layer for layer in quantized(loaded.transformer) if layer.phase is not None]
+    assert ranged and len({id(layer.phase) for layer in ranged}) == 1
+    assert {layer.active.scheme.weights for layer in ranged} == {"int8"}  # the widest, while nothing follows the steps
+    assert {layer.active.scheme.activations for layer in ranged} == (
+        {"float"} if sections is EDGES else {"float", "int8"}
+    )
+    resting = specimen.call(loaded, steps=STEPS)
+    for _ in range(2):
+        with accelerate(loaded, Plan()) as accel:
+            assert "follows its steps" in "\n".join(accel.report().notes)
+            assert alike([specimen.call(loaded, steps=STEPS)], [expected])
+        assert torch.equal(specimen.call(loaded, steps=STEPS), resting) and not alike([resting], [expected])
+    loaded.save_pretrained(tmp_path / "b")
+    again = json.loads((tmp_path / "b" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert again["saved"] == field["saved"]
+    file = tmp_path / "b" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace("0.0,", "0.1,"))
+    with pytest.raises(ModelError, match="do not lead from 0 to 1"):
+        type(pipe.transformer).from_pretrained(tmp_path / "b" / "transformer")
+
+
+def test_what_reads_several_weights_is_saved_in_its_widest_form(tmp_path):
+    _, pipe = pipeline()
+    sections = [Quantize(), Quantize(weights="int4", steps=(0.5, 1.0))]  # not in groups: a weight of its own
+    accel = accelerate(pipe, Plan(quantization=sections))
+    accel.bake()
+    assert "layers in their widest form for all steps" in "\n".join(accel.report().techniques[0].notes)
+    pipe.transformer.save_pretrained(tmp_path)
+    loaded = type(pipe.transformer).from_pretrained(tmp_path)
+    assert all(len(layer.runs) == 1 and layer.runs[0].scheme.weights == "int8" for layer in quantized(loaded))
 
 
 def test_given_while_loading(tmp_path):

@@ -184,7 +184,7 @@ class QuantizedLayer(nn.Module):
     @property
     def saved_run(self) -> Run:
         """How a layer runs that is loaded from a file: the widest form, of weights first."""
-        return max(self.runs, key=lambda run: (run.scheme.bits, run.scheme.activations == "float"))
+        return max(self.runs, key=width)
 
     def _load_from_state_dict(
         self,
@@ -204,6 +204,11 @@ class QuantizedLayer(nn.Module):
             "a layer that diffaccel quantized cannot be copied; call remove() on the acceleration first, or copy the "
             "model by save_pretrained and from_pretrained after bake()"
         )
+
+
+def width(run: Run) -> tuple[int, bool]:
+    """By which the widest form is chosen: bits of weights first."""
+    return run.scheme.bits, run.scheme.activations == "float"
 
 
 def refuse_loading(layer: QuantizedLayer, state_dict: Mapping[str, Any], prefix: str) -> None:

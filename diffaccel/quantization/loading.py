@@ -7,7 +7,8 @@ is on the meta device at first, so only compressed weights ever take memory.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,12 @@ from diffaccel.denoiser import find_denoisers, select
 from diffaccel.errors import ModelError
 from diffaccel.quantization.config import DiffAccelConfig
 from diffaccel.quantization.eligible import form_at, parameter_users, why_not
-from diffaccel.quantization.layer import SAVED, QuantizedLayer
+from diffaccel.quantization.layer import SAVED, QuantizedLayer, width
 from diffaccel.quantization.linear import become_plain, become_quantized
-from diffaccel.quantization.policy import PolicyPhase, runs_under
+from diffaccel.quantization.policy import LoadedPhase, PolicyPhase, runs_under
 from diffaccel.quantization.prepare import prepare, runs_of
 from diffaccel.quantization.saved import SavedLayer, describe, saved_layers
-from diffaccel.quantization.schedule import Schedule
+from diffaccel.quantization.schedule import Schedule, Steps
 from diffaccel.quantization.stored import Run
 
 Dtype = Callable[[str, torch.dtype], torch.dtype]
@@ -43,7 +44,8 @@ class Loading:
         self._config, self._pre_quantized, self._dtype = config, pre_quantized, dtype
         self._saved: dict[str, SavedLayer] = {}
         self._planned: dict[str, Schedule] = {}
-        self._phase = None if config.policy is None else PolicyPhase(config.policy)
+        self._policy = None if config.policy is None else PolicyPhase(config.policy)
+        self._phases: dict[Any, LoadedPhase] = {}  # by what layers run when, so that they share one
 
     def begin(self, model: nn.Module) -> None:
         """Find the layers, all on the meta device.
@@ -56,7 +58,7 @@ class Loading:
             self._saved = saved_layers(self._config.saved)
             for name, saved in self._saved.items():
                 layer = _layer_at(model, name)
-                become_quantized(layer, [saved.run], saved.empty(), self._dtype(name, layer.weight.dtype))
+                become_quantized(layer, saved.runs, saved.empty(), self._dtype(name, layer.weight.dtype))
             return
         (network,) = find_denoisers(model)
         settings = self._config.settings
@@ -90,8 +92,8 @@ class Loading:
             tensors = prepare(value, None, schedule) if value.isfinite().all() else {"weight": value}
             if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point() and t.itemsize > 1):
                 raise ModelError(f"{name} holds values that are not finite")
-            (run,), _ = runs_of(schedule, value.shape)
-            self._become(layer, run, tensors, dtype)
+            runs, _ = runs_of(schedule, value.shape)
+            self._become(layer, runs, tensors, dtype)
 
     def finish(self, model: nn.Module) -> None:
         """Bring what was read into the form that is fastest here, one layer at a time, and note it for saving.
@@ -111,23 +113,37 @@ class Loading:
                 _check_shapes(layer, tensors)
                 become_plain(layer, None)
                 with torch.no_grad():
-                    self._become(layer, runs[0], tensors, dtype)
+                    self._become(layer, runs, tensors, dtype, self._saved[name].pieces)
             except (KeyError, ValueError, RuntimeError) as error:
                 raise ModelError(
                     f"the checkpoint's tensors of {name} do not go together ({error}); save the model again"
                 ) from None
-        if self._phase is not None:
+        if self._policy is not None or self._phases:
+            what = "leaves activations in 16 bits in some steps" if self._policy else "runs other bits at other steps"
             warnings.warn(
-                "diffaccel: by its step policy this model leaves activations in 16 bits in some steps; "
-                "diffaccel.accelerate(pipe, diffaccel.Plan()) follows it, until then no step does",
+                f"diffaccel: this model {what} under diffaccel.accelerate(pipe, plan) with any plan, such as "
+                "diffaccel.Plan(), and the same at all steps without",
                 stacklevel=2,
             )
-        self._config.saved = describe(model, native=self._phase is not None)
+        self._config.saved = describe(model, native=self._policy is not None)
         self._config.dtype = self._config.dtype or str(model.dtype).removeprefix("torch.")
 
-    def _become(self, layer: nn.Module, run: Run, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        runs = runs_under(self._config.policy, run)
-        become_quantized(layer, runs, tensors, dtype, phase=self._phase if len(runs) > 1 else None)
+    def _become(
+        self,
+        layer: nn.Module,
+        runs: Sequence[Run],
+        tensors: dict[str, Tensor],
+        dtype: torch.dtype,
+        pieces: tuple[tuple[Steps, int], ...] = (),
+    ) -> None:
+        phase: LoadedPhase | None = None
+        if self._policy is not None:
+            runs = runs_under(self._config.policy, runs[0])
+            phase = self._policy if len(runs) > 1 else None
+        elif pieces:
+            widest = max(range(len(runs)), key=lambda index: width(runs[index]))
+            phase = self._phases.setdefault((pieces, widest), LoadedPhase(pieces, widest))
+        become_quantized(layer, runs, tensors, dtype, phase=phase)
 
 
 def _check_shapes(layer: QuantizedLayer, tensors: dict[str, Tensor]) -> None:

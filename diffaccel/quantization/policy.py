@@ -8,13 +8,13 @@ Whatever else a plan's step ranges say, such as other weights at other steps, ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffaccel.errors import PlanError, did_you_mean
 from diffaccel.plan import in_steps
-from diffaccel.quantization.schedule import Phase, Schedule
+from diffaccel.quantization.schedule import Phase, Schedule, Steps
 
 if TYPE_CHECKING:
     from diffaccel.clock import Call
@@ -143,21 +143,47 @@ def runs_under(policy: StepPolicy | None, run: Run) -> tuple[Run, ...]:
     return run, replace(run, scheme=replace(run.scheme, activations="float"))
 
 
-class PolicyPhase(Phase):
-    """Which of two runs is active under a policy. Native until something tells it of the steps, by `follow`."""
+class LoadedPhase(Phase):
+    """Of layers that were loaded with other runs at other steps: rests until something tells it of the steps.
 
-    def __init__(self, policy: StepPolicy) -> None:
-        super().__init__((((0.0, 1.0), NATIVE),))
-        self.policy = policy
-        self._begin = 0
+    Args:
+        pieces: see `Phase`.
+        resting: the run that is active until then.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Steps, int]], resting: int) -> None:
+        super().__init__(pieces)
+        self.active = self._resting = resting
+
+    @property
+    def words(self) -> str:
+        """What it does, for a report."""
+        return "its bits at each step are as saved"
 
     def follow(self, call: Call, arguments: Mapping[str, Any], compute: Any) -> None:
-        """Listens at the denoiser's root. Steps count from where this run began (later than 0 for img2img)."""
-        if call.first_step:
-            self._begin = call.step
-        high = call.steps is not None and self.policy.high(call.step - self._begin, call.steps - self._begin)
-        self.active = A16 if high else NATIVE
+        """Listens at the denoiser's root."""
+        self.at(call.progress)
 
     def release(self) -> None:
-        """Native again."""
-        self.active = NATIVE
+        """As if it had never followed."""
+        self.active = self._resting
+
+
+class PolicyPhase(LoadedPhase):
+    """Which of two runs is active under a policy; native while it rests."""
+
+    def __init__(self, policy: StepPolicy) -> None:
+        super().__init__((((0.0, 1.0), NATIVE),), NATIVE)
+        self._policy = policy
+        self._begin = 0
+
+    @property
+    def words(self) -> str:
+        return f"activations in 16 bits in the first {self._policy.first} and last {self._policy.last} steps"
+
+    def follow(self, call: Call, arguments: Mapping[str, Any], compute: Any) -> None:
+        """Steps count from where this run began (later than 0 for img2img)."""
+        if call.first_step:
+            self._begin = call.step
+        high = call.steps is not None and self._policy.high(call.step - self._begin, call.steps - self._begin)
+        self.active = A16 if high else NATIVE

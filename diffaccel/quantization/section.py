@@ -20,7 +20,7 @@ class Quantize(Section):
     The default is W8A8, as ViDiT-Q's kernels run it (arXiv:2406.02540). Other schemes: ``weights="int4"`` (W4A8),
     ``activations="float"`` (W8A16, W4A16), ``weights="fp8", activations="fp8"``. A site whose sections say int8 at some
     steps and int4 in groups at others keeps one stored weight that gives both; a model that is baked and saved runs the
-    form with the most bits at all steps; only 16-bit activations at its first and last ones are saved (see `policy`).
+    same at each step where that reads one stored weight, else the form with the most bits at all steps.
     2D convolutions (``sites="conv skip"``) take int8 weights, not conditioned.
 
     Args:
