@@ -8,6 +8,8 @@ import torch
 from mutants import mutant
 from poison import poisoned_outputs, surrounded
 from test_quantization import out, pixart, quantized, snapshot, sqnr, unchanged
+from test_schemes import lonely
+from torch import nn
 from zoo import ZOO
 from zoo_pipelines import PIPELINES
 
@@ -250,3 +252,27 @@ def test_convolutions_round_to_a_symmetric_range():
             split = [x for x in quantized(model) if x.active.scheme.split]
             assert split and all(x.act_scale.shape == (2,) and x.act_limits.shape == (RANGES, 4) for x in split)
             assert sqnr(before, out(specimen, model)) > 25
+
+
+def test_ranges_change_within_compiled_code():
+    """They are buffers that are written to, so another part of the schedule is no other graph."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 16)
+    root = lonely(layer)
+    site = Site("transformer", "blocks.0.to_q", "attn.q", layer)
+    recorder = ChannelRecorder([site], set(), set(), {site})
+    small, large = torch.randn(4, 32), 100 * torch.randn(4, 32)
+    for part, x in ((0, small), (RANGES - 1, large)):
+        recorder._row = part
+        layer(x)
+    recorder.remove()
+    section = Quantize(sites="*", activations="static")
+    with torch.no_grad(), accelerate(root, Plan(quantization=section, artefacts=Artefacts(dict(recorder.artefacts())))):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        layer.use_limits(RANGES - 1)
+        coarse = compiled(small)
+        layer.use_limits(0)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            fine = compiled(small)
+        exact = small @ (layer.weight + 0).t() + layer.bias
+        assert sqnr([exact], [fine]) > sqnr([exact], [coarse]) + 20

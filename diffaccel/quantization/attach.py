@@ -116,7 +116,8 @@ def _check_calibrated(section: Quantize, site: Site, context: Context) -> None:
     if not isinstance(site.module, nn.Linear):
         return
     turned = section.balance is not None and section.rotate and section.first == "rotate"
-    if channels is None or (turned and block_size(site.module.in_features) is not None and not channels.rotated):
+    unturned = turned and channels is not None and not channels.rotated and block_size(site.module.in_features)
+    if channels is None or not channels.measured or unturned:
         raise PlanError(
             f"Quantize(balance=..., protect=...) needs what calibration measures, which this plan has none of for "
             f"{site.full_name}; get it by plan = diffaccel.calibrate(pipe, plan, prompts=[...])"
