@@ -70,8 +70,8 @@ def describe(model: nn.Module, *, native: bool = False) -> list[dict[str, Any]]:
         run = layer.run
         words = {"kind": run.kind, **asdict(run.scheme), "stored_group": run.group, "rotated": run.rotated}
         said = {name: value for name, value in words.items() if value not in (None, False)}
-        steps = {"steps": [[*steps, asdict(scheme)] for steps, scheme in layer.steps]} if layer.steps else {}
-        entries.append({**said, **steps, "tensors": dict(layer.tensors), "layers": names})
+        changes = {"steps": [[*steps, asdict(scheme)] for steps, scheme in layer.steps]} if layer.steps else {}
+        entries.append({**said, **changes, "tensors": dict(layer.tensors), "layers": names})
     return entries
 
 
