@@ -107,6 +107,7 @@ def prune(
                 *(model, denoiser, groups, requests, call, settings or EcoDiff(), folder, notify),
                 target=1 - section.ratio * costs.total / uncut,
                 each=costs.each,
+                prior=activation_scores(denoiser, [g for g in groups if g.stand_in is None], calls),
             )
             kept = decide({g.key: logits[g.key].sigmoid() * costs.each[g.key] for g in groups})
         elif section.method == "evolution":
