@@ -73,7 +73,7 @@ def plot_rows(rows: Sequence[tuple[str, str, str]], path: str | os.PathLike[str]
                 axes.add_patch(_cell(step, y, _COLOURS[mark]))
     axes.set(xlim=(-0.5, length - 0.5), ylim=(len(rows) - 0.5, -0.5), xlabel="step")
     axes.set_yticks(range(len(rows)), [f"{technique}: {name}" for name, technique, _ in rows])
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(range(0, length, max(1, length // 10)))
     axes.spines[:].set_visible(False)
     axes.legend(
         handles=[Patch(color=_COLOURS[mark], label=state) for state, mark in STATES.items()],

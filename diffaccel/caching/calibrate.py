@@ -215,7 +215,7 @@ def _correction(
         }
         caches = {name: CachedRoot(tried, d) for name, d in decisions.items()}
         for run, reference in zip(runs, references, strict=True):
-            with _wrapped(context, lambda component, caches=caches: caches.get(component)):
+            with _wrapped(context, caches.get):
                 error = mean_square(run(), reference)
             expected = [10 ** (-d.chosen.psnr / 10) for d in decisions.values() if d.chosen is not None]
             if sum(expected) > 0 and error > _LEAST:

@@ -86,7 +86,7 @@ class Decisions:
             return Static(range(1 << 30)), "this denoiser was not calibrated: nothing is skipped"
         if call.steps is None:
             return Static(range(1 << 30)), "the number of steps is unknown: nothing is skipped"
-        timesteps = self._timesteps(call.steps, self._known.together().timesteps)
+        timesteps = self._timesteps(call.steps, self._known.schedule)
         end = next((i for i in range(call.step + 1, call.steps) if self._foreign(timesteps[i])), call.steps)
         self.chosen = self._scheduler.choose(timesteps, call.step, end)
         return Static(frozenset(self.chosen.computed)), None

@@ -161,9 +161,12 @@ def _left_out(denoiser: Denoiser, layers: int) -> Iterator[nn.Module]:
             yield block
         else:
             for layer in range(len(block.resnets)):
-                yield from _layer(block, layer) if entry + layer >= layers else ()
-            if entry + outputs - 1 >= layers:
-                yield from getattr(block, "downsamplers", None) or ()
+                if entry + layer >= layers:
+                    yield from _layer(block, layer)
+            if entry + outputs - 1 >= layers and isinstance(
+                samplers := getattr(block, "downsamplers", None), nn.ModuleList
+            ):
+                yield from samplers
         entry += outputs
     if getattr(root, "mid_block", None) is not None:
         yield root.mid_block

@@ -97,6 +97,7 @@ class CachedRoot:
                 self._skips[group] = self._skips.get(group, 0) + 1 if self._skip[group] else 0
         skip = {group: self._skip[group] and not memory.empty for group in self._groups}
         output, _ = self._made(call, memory, inputs, at, compute, skip)
+        memory = self._memories[call.branch]
         if not memory.empty:
             for group, policy in policies.items():
                 if not skip[group]:
@@ -107,12 +108,16 @@ class CachedRoot:
         """That of the call's branch; a fresh one where there is none, or for another size in the middle of a run."""
         memory = self._memories.get(call.branch)
         if memory is None or not memory.fits(inputs):
-            self._allowance.give_back(self, call.branch)
-            allow = partial(self._allowance.take, self, call.branch)
-            slope = self._decisions.slope(call.branch)
-            memory = self._memories[call.branch] = memory_of(self._part, self._section.forecast, slope, allow)
+            memory = self._fresh(call)
             for group in self._groups:
                 self._policies.pop((call.branch, group), None)
+        return memory
+
+    def _fresh(self, call: Call) -> Memory:
+        self._allowance.give_back(self, call.branch)
+        allow = partial(self._allowance.take, self, call.branch)
+        slope = self._decisions.slope(call.branch)
+        memory = self._memories[call.branch] = memory_of(self._part, self._section.forecast, slope, allow)
         return memory
 
     def _asked(self, call: Call, memory: Memory, inputs: list[Tensor], at: float, compute: Compute) -> Any:
@@ -135,6 +140,9 @@ class CachedRoot:
     ) -> tuple[Any, bool]:
         """The output, and whether the call was skipped; counted."""
         output, skipped = self._guarded(lambda: memory.run(inputs, at, compute, skip))
+        if not (skipped or callable(skip) or isinstance(memory, RootMemory) or memory.fits(inputs)):
+            # The part has just turned out not to be followable: remember the call as a whole, as later runs will.
+            self._fresh(call).run(inputs, at, lambda: output, dict.fromkeys(self._groups, False))
         self._count(call, {"": skipped} if callable(skip) else skip)
         self.nbytes = max(self.nbytes, sum(m.nbytes for m in self._memories.values()))
         if not skipped and memory.empty and isinstance(memory, RootMemory) and not self._allowance.refused:

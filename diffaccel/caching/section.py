@@ -286,5 +286,6 @@ class StepCache(Section):
     @classmethod
     def _published(cls, policy: str, forecast: str, threshold: float = 1.0, **settings: Any) -> StepCache:
         """On the stack, with nothing protected, unless ``settings`` say otherwise."""
-        freely = {"granularity": "stack", "protect_first": 0.0, "protect_last": 0, "max_skips": 1000, "min_steps": 1}
+        freely: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0, "max_skips": 1000, "min_steps": 1}
+        freely |= {"granularity": "stack"}
         return cls(policy=policy, forecast=forecast, threshold=threshold, **freely | settings)

@@ -97,6 +97,8 @@ class Stack:
     ) -> Any:
         """Run the denoiser with its blocks, or without those that can be skipped.
 
+        The very first call is made twice, to learn from and to keep from, so that it is not unlike later first calls.
+
         Args:
             residuals: the memory of the call's branch.
             skip: True, False, or a function that decides after the front blocks. True needs `covered`.
@@ -110,6 +112,9 @@ class Stack:
             output = compute()
             if self._observer is not None:
                 self._learn()
+                if self._layout is not None:
+                    self._call = _Call(residuals, at, skip, allow)
+                    output = compute()
             return output, self._call.skip is True
         except _Misfit:
             self._call = None

@@ -95,11 +95,10 @@ class Trajectories:
         """That of a branch; of a name that was not measured, the first one's."""
         return self.branches.get(name) or next(iter(self.branches.values()))
 
-    def together(self) -> Trajectory:
-        """Of all branches as one: their errors add up."""
-        parts = list(self.branches.values())
-        timesteps = parts[0].timesteps
-        return Trajectory(timesteps, sum(part.at(timesteps).gram for part in parts) / len(parts))
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """The timesteps of the runs that were measured."""
+        return next(iter(self.branches.values())).timesteps
 
     def weights(self, timesteps: Sequence[float]) -> np.ndarray:
         """Error of the result for a relative error of 1 of each step's output, [T]."""

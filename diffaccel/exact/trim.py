@@ -69,10 +69,10 @@ class Trim:
         if key not in self._known:
             seen = mask.detach().bool().any(0).nonzero()
             length = int(seen[-1]) + 1 if len(seen) else 0
-            short, left = text, mask
+            short, rest = text, mask
             if 0 < length < text.shape[1]:
-                short, left = text[:, :length].contiguous(), mask[:, :length].contiguous()
-            self._known[key] = text, mask, short, None if bool(left.bool().all()) else left
+                short, rest = text[:, :length].contiguous(), mask[:, :length].contiguous()
+            self._known[key] = text, mask, short, None if bool(rest.bool().all()) else rest
             while len(self._known) > _MOST:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)

@@ -104,3 +104,11 @@ def joined(half: Any, first: list[Tensor], second: list[Tensor]) -> Any:
         return output_like(half, [torch.cat(pair) for pair in zip(first, second, strict=True)])
     whole = [*first, *second]
     return whole if isinstance(half, list) else tuple(whole if isinstance(part, list) else part for part in half)
+
+
+def with_first(output: Any, first: list[Tensor]) -> Any:
+    """A whole output with other tensors in its first half."""
+    _, second = split(output)
+    if list_of(output) is not None:
+        return output_like(output, [*first, *second])
+    return output_like(output, [torch.cat(pair) for pair in zip(first, second, strict=True)])

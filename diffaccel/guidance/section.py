@@ -60,9 +60,10 @@ class GuidanceReuse(Section):
             )
 
     def conflict(self, plan: Plan) -> str | None:
-        if getattr(plan.caching, "granularity", "root") != "root":
+        granularity = getattr(plan.caching, "granularity", "root")
+        if granularity != "root":
             return (
                 f"GuidanceReuse halves the batch of some calls, and what StepCache(granularity="
-                f"{plan.caching.granularity!r}) keeps is for one batch size; use granularity='root'"
+                f"{granularity!r}) keeps is for one batch size; use granularity='root'"
             )
         return None
