@@ -31,8 +31,8 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.dtype}, "
         f"batch {args.batch}, {args.heads} heads of {args.head_size}, blocks of {args.block_size}, "
-        f"{args.pattern} masks, {'a random order for each head' if args.reorder else 'tokens in their own order'}; median "
-        f"{'CPU ' if args.cpu_time else ''}time of {args.repeats} calls in turn\n"
+        f"{args.pattern} masks, {'a random order for each head' if args.reorder else 'tokens in their own order'}; "
+        f"median {'CPU ' if args.cpu_time else ''}time of {args.repeats} calls in turn\n"
     )
     print("| tokens | density | path | dense ms | sparse ms | gain | share of the bound | error |")
     print("|--:|--:|---|--:|--:|--:|--:|--:|")

@@ -1,6 +1,8 @@
 """Compiled before or after, twenty blocks share the graphs of their class, and nothing is compiled after warm-up."""
 
 import dataclasses
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch._dynamo.utils import counters
 from zoo import ZOO
 
 from diffaccel import BlockSparse, Plan, accelerate
+from diffaccel.attention.calibrate import calibrate_section
 
 pytestmark = pytest.mark.filterwarnings("ignore:diffaccel. sparse attention is slower")
 
@@ -62,6 +65,29 @@ def test_twenty_blocks_two_graphs(when):
     assert facts["calls_dense"] == {"outside its steps": 2 * 1 * 20}
     plain = specimen.build()
     with accelerate(plain, PLAN) as accel:
+        expected = run(specimen, plain, accel)
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(warm, expected, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["mass", "online"])
+def test_orders_and_masks_of_their_own_share_the_graphs(policy):
+    """Each site and set of masks has other ones; they are data."""
+    specimen = deep("wan", num_layers=4)
+    model, plain = specimen.build(), specimen.build()
+    section = BlockSparse(density=0.5, block_size=16, steps=(0.3, 1.0), policy=policy, reorder="hwf", masks=2)
+    artefacts = {}
+    if section.needs_calibration:
+        with accelerate(plain, Plan()) as accel:
+            calling = partial(run, specimen, plain, accel)
+            artefacts = calibrate_section(0, replace(section, reorder=True), accel._context, calling, calling)
+    plan = Plan(attention=section, artefacts=artefacts)
+    with accelerate(model, plan) as accel:
+        model.compile_repeated_blocks(backend="eager", fullgraph=True)
+        warm = run(specimen, model, accel)
+        assert counters["stats"]["unique_graphs"] == 2  # dense and sparse
+        with torch.compiler.set_stance("fail_on_recompile"):
+            run(specimen, model, accel)
+    with accelerate(plain, plan) as accel:
         expected = run(specimen, plain, accel)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(warm, expected, strict=True))
 

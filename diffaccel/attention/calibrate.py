@@ -153,6 +153,9 @@ def calibrate_section(index: int, section: BlockSparse, context: Context, run: R
 
     Returns:
         Artefacts.
+
+    Raises:
+        PlanError: no attention call was measured; the message says why.
     """
     profilers = []
     for denoiser in context.denoisers:
@@ -170,7 +173,7 @@ def calibrate_section(index: int, section: BlockSparse, context: Context, run: R
                 keep = packed(band(image_blocks(layout, section.block_size), section.density))
                 masks = keep.expand(section.masks, len(own), -1).contiguous()
                 artefacts |= _written(index, profiler.sites[site], layout, own, masks, found.sites.get(site))
-        return artefacts
+        return _something(artefacts, section, profilers)
     worth = [Worth(section, names) for names in chosen]
     _listen(profilers, worth, run_all)
     for profiler, found, measured in zip(profilers, orders, worth, strict=True):
@@ -178,6 +181,16 @@ def calibrate_section(index: int, section: BlockSparse, context: Context, run: R
         for site, layout in measured.layouts.items():
             own = measured.orders[site]
             artefacts |= _written(index, profiler.sites[site], layout, own, masks[site], found.sites.get(site))
+    return _something(artefacts, section, profilers)
+
+
+def _something(artefacts: dict[str, Tensor], section: BlockSparse, profilers: Sequence[Profiler]) -> dict[str, Tensor]:
+    if not artefacts:
+        reasons = "; ".join(profiler.why_nothing() for profiler in profilers) or "no such sites"
+        raise PlanError(
+            f"BlockSparse(sites={section.sites!r}, steps={section.steps}, block_size={section.block_size}) has nothing "
+            f"to calibrate on: {reasons}"
+        )
     return artefacts
 
 

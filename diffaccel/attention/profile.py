@@ -6,6 +6,7 @@ The first call of each shape teaches the layouts and is not watched; it and all 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -92,6 +93,19 @@ class Profiler:
     def put(self, site: int, patterns: Patterns) -> None:
         """Lets calls of a site run sparse while nobody watches: during a `trial`."""
         self._hooks[site].patterns = patterns
+
+    def why_nothing(self) -> str:
+        """Why no call was shown."""
+        reasons: Counter[str] = Counter()
+        for learned in self._known.values():
+            if not learned.seen:
+                reasons["no call of scaled_dot_product_attention: linear attention, or a processor of its own"] += 1
+            for calls in learned.dense.values():
+                reasons.update(calls)
+            for calls in learned.suitable.values():
+                for tokens, count in calls.items():
+                    reasons["no image tokens" if learned.layouts.get(tokens) is None else "outside its steps"] += count
+        return ", ".join(f"{reason} ({count})" for reason, count in reasons.items()) or "the denoiser was never called"
 
     def sparse(self, section: BlockSparse, maker: PatternMaker, call: Call) -> dict[int, Patterns]:
         """Site -> what `put` needs for it to run under ``section`` where ``call`` stands."""
