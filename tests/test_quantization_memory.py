@@ -32,12 +32,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("row", "files"), [("load", 1), ("load sharded", 2)])
-def test_loading_peaks_at_the_size_of_the_files(row, files, folder):
+CODE = """
+import json, sys, warnings
+from argparse import Namespace
+sys.path.insert(0, {folder!r})
+warnings.simplefilter("ignore")
+import quantize_large as bench
+args = Namespace(blocks=1, threads=1, folder={checkpoints!r})
+print("RESULT" + json.dumps([bench.load(args, **bench.ROWS[row][1]) for row in ("load", "load sharded")]))
+"""
+
+
+def test_loading_peaks_at_the_size_of_the_files(folder):
     """Of 75 MB, 11 are packed weights, which dequantized would add 85; a copy of the rest would add 64."""
-    command = [sys.executable, str(BENCH), "--blocks=1", "--threads=1", f"--folder={folder}", "--one", row]
-    done = subprocess.run(command, capture_output=True, text=True)
+    code = CODE.format(folder=str(BENCH.parent), checkpoints=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    facts = json.loads(done.stdout.partition("RESULT")[2])
-    assert facts["packed layers"] == 10 and facts["files"] == files
-    assert 0.9 < facts["peak / file"] <= 1.3 and facts["tensors / file"] <= 1.03
+    plain, sharded = json.loads(done.stdout.partition("RESULT")[2])
+    assert (plain["files"], sharded["files"]) == (1, 2)
+    for facts in (plain, sharded):
+        assert facts["packed layers"] == 10
+        assert 0.9 < facts["peak / file"] <= 1.3 and facts["tensors / file"] <= 1.03
