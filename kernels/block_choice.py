@@ -31,6 +31,7 @@ from diffaccel.kernels.block_flex import COMPILED, FAILED, flex, key_of, mask_fo
 from diffaccel.kernels.block_pattern import BlockPattern
 
 OPERATOR = "block_sparse_attention"
+CPP = ("cpp",)  # the key of the C++ loop among what failed
 PATHS = ("triton", "cpp", "flex", "blocks", "dense")
 _LABELS = {"triton": "Triton kernel", "cpp": "C++ loop", "flex": "flex", "blocks": "gathered blocks", "dense": "dense"}
 # Classes of arguments for which flex is compiled only to be timed: each takes many seconds, and a pipeline has few.
@@ -63,7 +64,7 @@ def choose_path(
         obstacle = triton_refused(q, v, pattern, scale)
         return Path("triton", reason) if obstacle is None else Path("blocks", obstacle)
     if asked == "cpp":
-        obstacle = FAILED.get(OPERATOR) or cpp_refused(q, attn_mask)
+        obstacle = FAILED.get(CPP) or cpp_refused(q, attn_mask)
         return Path("cpp", reason) if obstacle is None else Path("blocks", obstacle)
     if asked == "flex":
         obstacle = refused(q, k, v, pattern, attn_mask)
@@ -76,7 +77,7 @@ def choose_path(
     elif pattern.block_size > N:
         return Path("blocks", "a single row of blocks")
     else:
-        loops = ("cpp",) if FAILED.get(OPERATOR) is None and cpp_refused(q, attn_mask) is None else ()
+        loops = ("cpp",) if FAILED.get(CPP) is None and cpp_refused(q, attn_mask) is None else ()
         if N * M > 4096**2:
             return Path((*loops, "blocks")[0], "the choice on CPU")
         compiled = key_of(q, k, v, pattern, attn_mask) in COMPILED and refused(q, k, v, pattern, attn_mask) is None
@@ -205,11 +206,11 @@ def _trial(
     # The queries that are compared: all, or as many as the mask for the comparison may have.
     rows = torch.arange(0, N, -(-len(pattern.keep) * N * M // _MASK_ELEMENTS), device=q.device)
     order = pattern.order
-    ordered = (q, k, v) if order is None else tuple(reordered(x, order) for x in (q, k, v))
+    oq, ok, ov = (x if order is None else reordered(x, order) for x in (q, k, v))
     mask = attn_mask if order is None else reordered_mask(attn_mask, order)
     keep = pattern.keep[:, rows // block_size].repeat_interleave(block_size, 2)[None, ..., :M]
     of_rows = mask[:, :, rows] if mask is not None and mask.shape[2] > 1 else mask
-    expected = sdpa(ordered[0][:, :, rows], *ordered[1:], both(of_rows, keep), scale)
+    expected = sdpa(oq[:, :, rows], ok, ov, both(of_rows, keep), scale)
 
     def error(result: Tensor) -> float:
         result = result if order is None else reordered(result, order)

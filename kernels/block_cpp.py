@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -102,7 +103,7 @@ def cpp(
     return out if dtype == torch.float32 else out.to(dtype)
 
 
-def _in_threads(stage: ctypes._CFuncPtr, call: _Call) -> None:
+def _in_threads(stage: Callable[[object], object], call: _Call) -> None:
     """Run ``stage`` once a thread; each takes pieces of work until none is left. ctypes lets other threads run."""
     threads = torch.get_num_threads()
     others = [_pool().submit(stage, ctypes.byref(call)) for _ in range(threads - 1)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels._candidates import warn_once
-from diffaccel.kernels.block_choice import OPERATOR, PATHS, Path, choose_path, reordered, reordered_mask, run
+from diffaccel.kernels.block_choice import CPP, PATHS, Path, choose_path, reordered, reordered_mask, run
 from diffaccel.kernels.block_flex import FAILED, key_of
 from diffaccel.kernels.block_pattern import BlockPattern, inverse_order, token_mask
 
@@ -129,7 +129,7 @@ def _op(
     except Exception as error:
         if chosen not in ("flex", "cpp") or isinstance(error, torch.OutOfMemoryError):
             raise
-        what = OPERATOR if chosen == "cpp" else key_of(q, k, v, pattern, attn_mask)
+        what = CPP if chosen == "cpp" else key_of(q, k, v, pattern, attn_mask)
         FAILED[what] = f"{chosen} failed: {type(error).__name__}"
         warn_once(f"{chosen} failed, block-sparse attention runs on gathered blocks: {error}")
         return run("blocks", q, k, v, pattern, attn_mask, scale)

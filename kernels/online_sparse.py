@@ -84,8 +84,10 @@ def online_sparse_attention(
     Returns:
         [B, H, N, Dv], stored as [B, N, H, Dv].
     """
-    lists = torch.ops.diffaccel.online_blocks(q, k, pattern.order, pattern.image, pattern.keep, pattern.block_size)
-    chosen = BlockPattern(lists[0], pattern.block_size, *lists[1:], pattern.order, pattern.inverse)
+    keep, num, indices, ranges, rows = torch.ops.diffaccel.online_blocks(
+        q, k, pattern.order, pattern.image, pattern.keep, pattern.block_size
+    )
+    chosen = BlockPattern(keep, pattern.block_size, num, indices, ranges, rows, pattern.order, pattern.inverse)
     return block_sparse_attention(q, k, v, chosen, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -177,10 +177,10 @@ def calibrate_section(index: int, section: BlockSparse, context: Context, run: R
     worth = [Worth(section, names) for names in chosen]
     _listen(profilers, worth, run_all)
     for profiler, found, measured in zip(profilers, orders, worth, strict=True):
-        masks = allocated(section, profiler, measured, run)
+        by_site = allocated(section, profiler, measured, run)
         for site, layout in measured.layouts.items():
             own = measured.orders[site]
-            artefacts |= _written(index, profiler.sites[site], layout, own, masks[site], found.sites.get(site))
+            artefacts |= _written(index, profiler.sites[site], layout, own, by_site[site], found.sites.get(site))
     return _something(artefacts, section, profilers)
 
 

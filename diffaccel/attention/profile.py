@@ -102,8 +102,8 @@ class Profiler:
                 reasons["no call of scaled_dot_product_attention: linear attention, or a processor of its own"] += 1
             for calls in learned.dense.values():
                 reasons.update(calls)
-            for calls in learned.suitable.values():
-                for tokens, count in calls.items():
+            for lengths in learned.suitable.values():
+                for tokens, count in lengths.items():
                     reasons["no image tokens" if learned.layouts.get(tokens) is None else "outside its steps"] += count
         return ", ".join(f"{reason} ({count})" for reason, count in reasons.items()) or "the denoiser was never called"
 
