@@ -249,7 +249,8 @@ class QuantizedLinears:
             )
         elif reason:
             layers = [layer for site, layer in self._layers.items() if site.component == component]
-            lost = sum(1 for layer in layers if layer.phase is not None and not saved_steps(layer))
+            baked = [layer for layer in layers if layer.parked is None and layer.phase is not None]
+            lost = sum(1 for layer in baked if not saved_steps(layer))
             kept = "the bits of its steps" if not lost else f"{lost} layers in their widest form for all steps"
             self._notes.append(f"{component} is saved with {kept}; a diffusion_step_policy would not fit: {reason}")
         return policy
