@@ -168,8 +168,8 @@ def _left_out(denoiser: Denoiser, layers: int) -> Iterator[nn.Module]:
             ):
                 yield from samplers
         entry += outputs
-    if getattr(root, "mid_block", None) is not None:
-        yield root.mid_block
+    if isinstance(middle := getattr(root, "mid_block", None), nn.Module):
+        yield middle
     skipped = total - layers
     for block in up:
         if skipped >= len(block.resnets):
