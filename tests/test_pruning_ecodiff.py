@@ -112,6 +112,8 @@ def test_resumes_to_the_bit_and_the_regulariser_counts(tmp_path):
 
     with pytest.raises(Killed):
         _learn(model, groups, denoiser, tmp_path, kill)
+    shorter = _learn(model, groups, denoiser, tmp_path, updates=2)
+    assert not torch.equal(shorter[groups[0].key], whole[groups[0].key])
     told = []
     resumed = _learn(model, groups, denoiser, tmp_path, told.append)
     assert len(told) == 2  # the third was not written

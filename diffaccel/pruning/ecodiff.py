@@ -170,7 +170,10 @@ def _identity(
     target: float,
 ) -> str:
     units = [(g.key, g.units) for g in groups]
-    told = [denoiser.component, units, list(requests), dict(call), asdict(settings), target]
+    chosen = {
+        n: v for n, v in asdict(settings).items() if n not in ("updates", "save_every")
+    }  # one may go on for longer
+    told = [denoiser.component, units, list(requests), dict(call), chosen, target]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=_of_value).encode()).hexdigest()[:16]
 
 
