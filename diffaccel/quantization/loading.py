@@ -114,6 +114,8 @@ class Loading:
                 become_plain(layer, None)
                 with torch.no_grad():
                     self._become(layer, runs, tensors, dtype, self._saved[name].pieces)
+            except torch.OutOfMemoryError:
+                raise
             except (KeyError, ValueError, RuntimeError) as error:
                 raise ModelError(
                     f"the checkpoint's tensors of {name} do not go together ({error}); save the model again"
