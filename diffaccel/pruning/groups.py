@@ -156,30 +156,15 @@ def _heads_of(denoiser: Denoiser, name: str, module: nn.Module) -> Group | None:
     for layer_name, (part, layer) in layers.items():
         by_part.setdefault(part.removeprefix("added_"), []).append((layer_name, layer))
     packed = [(n, layer) for n, (part, layer) in layers.items() if part == "in" and "qkv" in n.rpartition(".")[2]]
-    queries = by_part.get("q", [])
-    if not heads or not (queries or by_part.get("qkv") or packed):
+    sizes = _head_sizes(module, heads, by_part, packed=bool(packed)) if heads else None
+    if heads is None or sizes is None:
         return None
-    values = dict(by_part.get("v", []))
-    joined_kv = [(n, layer) for n, layer in by_part.get("k", []) if not values]
-    if queries:
-        inner = _outputs(queries[0][1])
-        kv_inner = _outputs(by_part["k"][0][1]) // (2 if joined_kv else 1) if "k" in by_part else inner
-    elif by_part.get("qkv"):
-        inner = kv_inner = _outputs(by_part["qkv"][0][1]) // 3
-    else:
-        inner = kv_inner = getattr(module, "inner_dim", 0)
-    if not inner or inner % heads or kv_inner % (inner // heads):
-        return None
+    inner, kv_inner = sizes
     width = inner // heads
     kv_heads = kv_inner // width
-    if not kv_heads or heads % kv_heads:
-        return None
     units, each = kv_heads, heads // kv_heads * width  # query heads that share a key are one unit
-    rows = [Part(n, layer, spans(units, each)) for n, layer in queries if _outputs(layer) == inner]
-    for n, layer in by_part.get("qkv", []):
-        rows.append(Part(n, layer, spans(units, each, repeats=3)))
-    for n, layer in packed:
-        rows.append(Part(n, layer, spans(units, each, repeats=3)))
+    rows = [Part(n, layer, spans(units, each)) for n, layer in by_part.get("q", []) if _outputs(layer) == inner]
+    rows += [Part(n, layer, spans(units, each, repeats=3)) for n, layer in [*by_part.get("qkv", []), *packed]]
     for n, layer in [*by_part.get("k", []), *by_part.get("v", [])]:
         repeats = _outputs(layer) // kv_inner
         if repeats not in (1, 2) or _outputs(layer) % kv_inner:
@@ -206,6 +191,24 @@ def _heads_of(denoiser: Denoiser, name: str, module: nn.Module) -> Group | None:
     if kv_inner != inner:
         counts += _counts(name, module, _WIDTHS, kv_inner, width)
     return Group("heads", name, units, tuple(rows), tuple(norms), tuple(columns), tuple(counts))
+
+
+def _head_sizes(
+    module: nn.Module, heads: int, by_part: Mapping[str, Sequence[tuple[str, nn.Module]]], *, packed: bool
+) -> tuple[int, int] | None:
+    """Widths of all queries and of all keys; None where they do not make that many heads."""
+    if by_part.get("q"):
+        inner = kv_inner = _outputs(by_part["q"][0][1])
+        if by_part.get("k"):  # one projection of keys and values where there is none of values
+            kv_inner = _outputs(by_part["k"][0][1]) // (1 if by_part.get("v") else 2)
+    elif by_part.get("qkv"):
+        inner = kv_inner = _outputs(by_part["qkv"][0][1]) // 3
+    else:
+        inner = kv_inner = getattr(module, "inner_dim", 0) if packed else 0
+    if not inner or inner % heads or kv_inner % (inner // heads):
+        return None
+    kv_heads = kv_inner // (inner // heads)
+    return (inner, kv_inner) if kv_heads and heads % kv_heads == 0 else None
 
 
 def _reader_outside(denoiser: Denoiser, name: str, inner: int) -> Iterator[tuple[str, nn.Module]]:
