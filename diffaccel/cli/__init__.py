@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from diffaccel.cli import compare, distill, doctor, evaluate, generate, inspect, prune, selftest, tune
+from diffaccel.cli import bench, compare, distill, doctor, evaluate, generate, inspect, prune, selftest, tune
 from diffaccel.cli.console import fail
 from diffaccel.errors import DiffAccelError
 
@@ -26,6 +26,7 @@ app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("prune", epilog=prune.EXAMPLES)(prune.prune)
 app.command("distill", epilog=distill.EXAMPLES)(distill.distill)
 app.command("inspect", epilog=inspect.EXAMPLES)(inspect.inspect)
+app.add_typer(bench.app, name="bench")
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("selftest", epilog=selftest.EXAMPLES)(selftest.selftest)
 
