@@ -262,6 +262,9 @@ def test_ranges_change_within_compiled_code():
     site = Site("transformer", "blocks.0.to_q", "attn.q", layer)
     recorder = ChannelRecorder([site], set(), set(), {site})
     small, large = torch.randn(4, 32), 100 * torch.randn(4, 32)
+    broken = small.clone()
+    broken[0, 0], broken[1, 1] = torch.nan, torch.inf  # does not count
+    layer(broken)
     for part, x in ((0, small), (RANGES - 1, large)):
         recorder._row = part
         layer(x)

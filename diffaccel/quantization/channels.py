@@ -201,10 +201,11 @@ class ChannelRecorder:
         table = x.new_empty(RANGES, 2, 1 + (LEADING if name in self._rows else 0), x.shape[-1], dtype=torch.float32)
         table[:, 0], table[:, 1] = torch.inf, -torch.inf
         leading = LEADING if name in self._rows and x.ndim == 3 and x.shape[1] > LEADING else 0
+        x = x.float().nan_to_num(0.0, 0.0, 0.0)  # one broken value must not decide the range
         rest = x[:, leading:] if leading else x
-        table[self._row, :, 0] = torch.stack(rest.reshape(-1, x.shape[-1]).float().aminmax(dim=0))
+        table[self._row, :, 0] = torch.stack(rest.reshape(-1, x.shape[-1]).aminmax(dim=0))
         for i in range(leading):
-            table[self._row, :, 1 + i] = torch.stack(x[:, i].float().aminmax(dim=0))
+            table[self._row, :, 1 + i] = torch.stack(x[:, i].aminmax(dim=0))
         self._widen(name, table)
 
     def _widen(self, name: str, table: Tensor) -> None:
