@@ -27,6 +27,7 @@ from diffaccel.tuning.trials import Trials
 _HOPELESS_ALONE = 2.0  # times what may be lost: 3 dB beneath a limit, stronger settings are not tried
 _HOPELESS_TOGETHER = 1.6
 _NO_GAIN = 0.985  # of the time or the bytes: less is within the noise of a trial
+_HARMLESS = 1e-8  # mean squared error: 80 dB, beneath the steps of 8 bits
 _BETTER = 0.99
 _SHARE_ALONE, _SHARE_SEARCH = 0.45, 0.8  # of the time allowed; the rest confirms
 _CONFIRMATIONS = 4
@@ -201,9 +202,15 @@ class Search:
         return self._excluded[pair]
 
     def _useful(self) -> list[Option]:
-        """Options that gain something; of several with the same gain and loss the program finds the best by itself."""
+        """Options that gain something for certain, and those that gain a little and lose nothing."""
         small = self._budget.memory is not None
-        return [o for o, out in self.alone.items() if out.cost < _NO_GAIN or (small and out.share < _NO_GAIN)]
+        found = []
+        for option, outcome in self.alone.items():
+            gains = outcome.cost < _NO_GAIN or (small and outcome.share < _NO_GAIN)
+            harmless = outcome.cost < 1 and _NEAR.loss(outcome.estimate(_NEAR)) < _HARMLESS
+            if gains or harmless:
+                found.append(option)
+        return found
 
     def _measure(self, choice: Choice, budget: Budget) -> bool:
         """Whether it was measured as a whole; a hopeless one is dropped after a few prompts."""

@@ -10,10 +10,12 @@ from diffaccel.attention.section import BlockSparse
 from diffaccel.caching.section import StepCache
 from diffaccel.denoiser import Denoiser
 from diffaccel.errors import PlanError
+from diffaccel.exact.section import ExactReuse
 from diffaccel.guidance.section import GuidanceReuse
 from diffaccel.plan import Artefacts, Plan
 from diffaccel.quantization.section import Quantize
 from diffaccel.quantization.worth import worth_it
+from diffaccel.tokens.section import MergeTokens
 from diffaccel.tuning.budget import Budget
 from diffaccel.tuning.calibrations import Calibrated
 
@@ -137,7 +139,7 @@ def families_for(
                 notes.append(f"no int8 linears on {denoiser.component}: {reason}")
         if faster:
             families.append(_fast_linears(tuple(faster)))
-    families.append(_windows())
+    families += [_exact(), _windows(), _merged()]
     return families, notes
 
 
@@ -193,6 +195,17 @@ def _small_weights() -> Family:
         return Plan(quantization=levels[int(level) - 1])
 
     return Family("small weights", "quantization", make, tuple(float(i) for i in range(1, len(levels) + 1)))
+
+
+def _exact() -> Family:
+    return Family("exact", "exact", lambda _: Plan(exact=ExactReuse()), (1.0,))
+
+
+def _merged() -> Family:
+    def make(ratio: float) -> Plan:
+        return Plan(tokens=(MergeTokens(ratio=ratio),))
+
+    return Family("merged keys", "tokens", make, (0.25, 0.5, 0.75))
 
 
 def _windows() -> Family:
