@@ -97,32 +97,35 @@ def main() -> None:
     wrapped, known = load(f"bundled:{options.model}"), bundled(f"bundled:{options.model}")
     pipe = wrapped.pipe
     pipe.set_progress_bar_config(disable=True)
-    requests = [
-        {**wrapped.defaults, "prompt": prompt, "generator": torch.Generator().manual_seed(1000 + i)}
-        for i, prompt in enumerate(known.tuning_prompts()[: max(options.calibration, options.sensitivity, 2)])
-    ]
+
+    def requests(count: int) -> list[dict]:
+        """Anew each time: generators run on, and what is resumed must find them as they were."""
+        return [
+            {**wrapped.defaults, "prompt": prompt, "generator": torch.Generator().manual_seed(1000 + i)}
+            for i, prompt in enumerate(known.tuning_prompts()[:count])
+        ]
 
     def wanted(name: str) -> bool:
         return not options.rows or any(part in name for part in options.rows)
 
     with at_work(pipe) as context:
         recorder = Recorder(context, lambda call: call.step % 3 == 0)
-        for request in requests[:2]:
+        for request in requests(2):
             pipe(**request, output_type="latent")
         recorder.remove()
     sections = calibrated_sections()
     calibrated = calibrate(
-        pipe, Plan(quantization=sections), prompts=requests[: options.calibration], folder=options.folder
+        pipe, Plan(quantization=sections), prompts=requests(options.calibration), folder=options.folder
     )
     rows: dict[str, Plan | Callable] = {**simulated_rows(calibrated.artefacts), **plan_rows(calibrated)}
     if wanted(LEARNT):
         learnt = replace(calibrated, quantization=(replace(W4, rounding="learnt"),))
         rows[LEARNT] = learn_rounding(
-            pipe, learnt, prompts=requests[: options.calibration], iterations=options.iterations, folder=options.folder
+            pipe, learnt, prompts=requests(options.calibration), iterations=options.iterations, folder=options.folder
         )
     notes: dict[str, str] = {}
     if wanted("mixed") or any("mixed" in part for part in options.rows or ()):
-        found = sensitivities(pipe, requests[: options.sensitivity], calibrated, options.folder)
+        found = sensitivities(pipe, requests(options.sensitivity), calibrated, options.folder)
         share = stored_share(pipe, rows[f"W4 groups + rank {RANK}"])
         for name, allocation in allocations(found, pipe, share, options.bits).items():
             rows[name] = replace(calibrated, quantization=tuple(allocation.sections))
