@@ -25,7 +25,8 @@ from diffaccel.caching.root import CachedRoot
 from diffaccel.caching.section import StepCache
 from diffaccel.caching.trajectory import Trajectories, Trajectory, artefacts_of, spans
 from diffaccel.clock import Call
-from diffaccel.latents import output_like, output_tensors
+from diffaccel.errors import PlanError
+from diffaccel.latents import output_like, output_tensors, skeleton
 from diffaccel.root import Compute, Wrapper
 from diffaccel.technique import Context
 
@@ -46,10 +47,8 @@ _LEAST = 1e-9  # mean square error below which two results count as equal
 
 @dataclasses.dataclass
 class _Step:
-    """A recorded call."""
+    """A recorded call; ``template`` is its output without values."""
 
-    component: str
-    branch: str
     step: int
     timestep: float
     template: Any
@@ -67,7 +66,7 @@ class _Recorder:
             output = compute()
             outputs = [v.detach().clone() for v in output_tensors(output)]
             if outputs and call.timestep is not None:
-                step = _Step(component, call.branch, call.step, call.timestep, output, outputs)
+                step = _Step(call.step, call.timestep, skeleton(output), outputs)
                 self.calls[component, call.branch, call.step] = step
             return output
 
@@ -105,6 +104,9 @@ def measure(context: Context, section: StepCache, runs: Sequence[Run]) -> dict[s
         context: of a pipeline with everything attached but caching.
         section: what is calibrated for.
         runs: one for each prompt.
+
+    Raises:
+        PlanError: the prompts' runs have different timesteps.
     """
     recorders, references = [], []
     for run in runs:
@@ -116,6 +118,8 @@ def measure(context: Context, section: StepCache, runs: Sequence[Run]) -> dict[s
     branches: dict[str, dict[str, Trajectory]] = {}
     for component, branch in lines[0] if lines else ():
         own = [line[component, branch] for line in lines if (component, branch) in line]
+        if len({tuple(step.timestep for step in run) for run in own}) > 1:
+            raise PlanError("a schedule is calibrated for one list of timesteps, and these prompts' calls have several")
         trajectory = _trajectory(own)
         branches.setdefault(component, {})[branch] = trajectory
     found = {
@@ -177,18 +181,24 @@ def _sensitivity(
         for n, place in enumerate(places):
             with _wrapped(context, _Probe(recorder.calls, own[0][place].step).wrapper):
                 changed = mean_square(run(), reference)
-            relative = float(np.mean([_relative_square(steps, place) for steps in own]))
+            relative = float(np.mean(_relative_squares(own, own[0][place].step)))
             logs[n] += 0.5 * math.log(max(changed, _LEAST) / max(relative, 1e-12)) - math.log(reach[place])
     values = np.exp(logs / len(runs))
     return tuple(first[place].timestep for place in places), tuple(values.tolist())
 
 
-def _relative_square(steps: Sequence[_Step], place: int) -> float:
-    """Mean square change of a branch's output from the step before, over that of its outputs."""
-    pairs = list(zip(steps[place].outputs, steps[place - 1].outputs, strict=True))
-    change = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
-    size = sum(float(v.float().square().sum()) for step in steps for v in step.outputs) / len(steps)
-    return change / max(size, 1e-30)
+def _relative_squares(branches: Sequence[Sequence[_Step]], step: int) -> list[float]:
+    """Of each branch the mean square change of its output from the step before, over that of its outputs."""
+    found = []
+    for steps in branches:
+        by_step = {s.step: s.outputs for s in steps}
+        if step not in by_step or step - 1 not in by_step:  # a branch that guidance leaves out there
+            continue
+        pairs = zip(by_step[step], by_step[step - 1], strict=True)
+        change = sum(float((a.float() - b.float()).square().sum()) for a, b in pairs)
+        size = sum(float(v.float().square().sum()) for outputs in by_step.values() for v in outputs) / len(by_step)
+        found.append(change / max(size, 1e-30))
+    return found
 
 
 def _correction(
