@@ -100,14 +100,13 @@ def distill(
         plain = list(student.module.parameters())
         was_training = student.module.training
         student.module.eval()
-        trained = _trained(student, settings)
         compared = None if guide.module is student.module else guide
         if compared is not None:
             compared.module.eval()
         try:
             trainer = Trainer(
                 *(student, compared, files, recorded, settings, folder),
-                trained=trained,
+                trained=_trained(student, settings),
                 sample=_sampler(pipe, requests, call, settings),
                 show=show,
             )

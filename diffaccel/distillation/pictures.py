@@ -16,6 +16,7 @@ from diffaccel.denoiser import Denoiser, timestep_parameter
 from diffaccel.distillation.recording import Steps, second_half
 from diffaccel.distillation.states import State, save_run
 from diffaccel.errors import InputError
+from diffaccel.key import plan_key
 from diffaccel.latents import latent_tensors, output_tensors
 from diffaccel.recording import run_pipeline
 
@@ -67,8 +68,9 @@ def record_pictures(
         InputError: no pictures, or a pipeline that does something else to its latents.
     """
     pairs = captioned(data)
-    told = [[str(f.name), text] for f, text in pairs] + [seed, sorted(map(str, call.items()))]
-    identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    teacher = plan_key([denoiser])["denoisers"]
+    told = [teacher, [[f.name, text] for f, text in pairs], seed, sorted(map(str, call.items()))]
+    identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     files = [folder / f"picture-{i:05d}.safetensors" for i in range(len(pairs))]
     for i, (file, (picture, text)) in enumerate(zip(files, pairs, strict=True)):
         notify(i, len(files))
