@@ -72,6 +72,7 @@ def block_mass(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     maxima: bool = True,
+    queries: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums and maxima of the probabilities in each block, over the batch.
 
@@ -83,6 +84,7 @@ def block_mass(
         attn_mask: as in ``scaled_dot_product_attention``.
         scale: factor on the scores, D ** -0.5 unless given.
         maxima: also the maxima.
+        queries: int64 [R], the queries to look at; all unless given.
 
     Returns:
         float32 [C, H, n, n] with n = ceil(N / block_size); sums of one order and head add up to B * N (less queries
@@ -90,9 +92,9 @@ def block_mass(
     """
     grid = _Blocks(q, block_size, orders)
     sums, peaks = grid.zeros(), grid.zeros() if maxima else None
-    for h, i, p, _ in _probabilities(q, k, attn_mask, scale, _CHUNK_BYTES // (4 * q.shape[2])):
+    for h, at, p, _ in _probabilities(q, k, attn_mask, scale, queries, _CHUNK_BYTES // (4 * q.shape[2])):
         for c in range(len(orders)):
-            tiles, lines = grid.tiles(p, c, h), grid.lines(c, h, i, len(p))
+            tiles, lines = grid.tiles(p, c, h), grid.lines(c, h, at)
             sums[c, h].index_add_(0, lines, tiles.sum(-1))
             if peaks is not None:
                 peaks[c, h].scatter_reduce_(0, lines[:, None].expand(-1, grid.n), tiles.amax(-1), "amax")
@@ -107,6 +109,7 @@ def block_influence(
     orders: Tensor,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor:
     """What leaving out each block alone would change in the output, squared, to first order: float32 [C, H, n, n].
 
@@ -116,7 +119,7 @@ def block_influence(
     (N, D), grid = v.shape[2:], _Blocks(q, block_size, orders)
     found = grid.zeros()
     rows = _CHUNK_BYTES // (4 * max(N, grid.n * D))
-    for h, i, p, b in _probabilities(q, k, attn_mask, scale, rows):
+    for h, at, p, b in _probabilities(q, k, attn_mask, scale, queries, rows):
         values = v[b, h // (q.shape[1] // v.shape[1])].float()
         out = p @ values  # [rows, D]
         for c in range(len(orders)):
@@ -124,7 +127,7 @@ def block_influence(
             own = F.pad(values[grid.order(c, h)], (0, 0, 0, grid.n * block_size - N)).unflatten(0, (grid.n, block_size))
             part = torch.bmm(tiles.transpose(0, 1), own)  # [n, rows, D]
             part -= tiles.sum(-1).T[..., None] * out
-            found[c, h].index_add_(0, grid.lines(c, h, i, len(p)), part.square().sum(-1).T)
+            found[c, h].index_add_(0, grid.lines(c, h, at), part.square().sum(-1).T)
     return found
 
 
@@ -152,25 +155,26 @@ class _Blocks:
         p = p if self._natural[c][h % self._orders.shape[1]] else p[:, self.order(c, h)]
         return F.pad(p, (0, self.n * self._size - self._tokens)).unflatten(1, (self.n, self._size))
 
-    def lines(self, c: int, h: int, begin: int, count: int) -> Tensor:
-        """The blocks that ``count`` queries from ``begin`` on fall into, [count]."""
-        return self._block_of[c, h % self._orders.shape[1], begin : begin + count]
+    def lines(self, c: int, h: int, queries: Tensor) -> Tensor:
+        """The blocks that ``queries`` [R] fall into."""
+        return self._block_of[c, h % self._orders.shape[1], queries]
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, attn_mask: Tensor | None, scale: float | None, rows: int
-) -> Iterator[tuple[int, int, Tensor, int]]:
-    """Head, first query, float32 [at most ``rows``, N], and sample."""
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, scale: float | None, queries: Tensor | None, rows: int
+) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+    """Head, queries [R] (at most ``rows``), float32 [R, N], and sample."""
     B, H, N, D = q.shape
+    queries = torch.arange(N, device=q.device) if queries is None else queries.to(q.device)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)].expand(B, H, N, N)
     for b in range(B):
         for h in range(H):
             keys = k[b, h // (H // k.shape[1])].float().T * (D**-0.5 if scale is None else scale)
-            for i in range(0, N, max(rows, 1)):
-                p = q[b, h, i : i + max(rows, 1)].float() @ keys
+            for at in queries.split(max(rows, 1)):
+                p = q[b, h, at].float() @ keys
                 if attn_mask is not None:
-                    mask = attn_mask[b, h, i : i + len(p)]
+                    mask = attn_mask[b, h, at]
                     p = p.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else p.add_(mask)
                 p = torch.softmax(p, -1, out=p)
-                yield h, i, p if attn_mask is None else p.nan_to_num_(), b
+                yield h, at, p if attn_mask is None else p.nan_to_num_(), b

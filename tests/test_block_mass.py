@@ -79,6 +79,25 @@ def test_influence_is_what_leaving_out_one_block_changes():
     assert flat.max() < 1e-9
 
 
+def test_some_queries_only():
+    torch.manual_seed(0)
+    q, k = inputs(1, 2, 2, 70)
+    v, queries, orders = torch.randn(1, 2, 70, 8), torch.tensor([3, 20, 21, 69]), torch.stack([torch.randperm(70)])
+    rank = orders[0].argsort()
+    p = (q @ k.mT / 4).softmax(-1)
+    sums, _ = module.block_mass(q, k, 16, orders, queries=queries)
+    assert sums.sum((2, 3)) == pytest.approx(4.0, abs=1e-5)
+    i, j = int(rank[20]) // 16, int(rank[5]) // 16
+    rows = [t for t in queries.tolist() if int(rank[t]) // 16 == i]
+    columns = [t for t in range(70) if int(rank[t]) // 16 == j]
+    assert float(sums[0, 1, i, j]) == pytest.approx(float(p[0, 1][rows][:, columns].sum()), rel=1e-4)
+    part = (
+        p[0, 1][rows][:, columns] @ v[0, 1, columns] - p[0, 1][rows][:, columns].sum(1)[:, None] * (p @ v)[0, 1, rows]
+    )
+    found = module.block_influence(q, k, v, 16, orders, queries=queries)
+    assert float(found[0, 1, i, j]) == pytest.approx(float(part.square().sum()), rel=1e-3)
+
+
 def test_memory_stays_bounded():
     """8,192 tokens: all probabilities of one head would be 256 MiB. In a process of its own, whose peak is its own."""
     code = (

@@ -2,8 +2,8 @@
 
 Two passes over the pipeline (after PAROAttention, arXiv:2506.16054, sec. 3.2 and 3.3). The first tries every order on
 one prompt, at a few steps, and keeps of each only how far the output would move without the blocks that the policy
-leaves out (`block_influence`; the paper looks at how many are empty), and how uneven blocks are. The second adds up the
-worth of blocks in each head's chosen order, for each set of masks.
+leaves out (`block_influence`; the paper looks at how many are empty). The second adds up the worth of blocks in each
+head's chosen order, for each set of masks.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from diffaccel.attention.orders import order_names, token_order
 from diffaccel.attention.patterns import Calibrated
 from diffaccel.attention.profile import Profiler, Seen
 from diffaccel.attention.section import ORDERS, BlockSparse
-from diffaccel.attention.worth import Worth, worth_of
+from diffaccel.attention.worth import Worth, sampled, worth_of
 from diffaccel.clock import Call
 from diffaccel.denoiser import Denoiser, Site, select
 from diffaccel.errors import PlanError
-from diffaccel.kernels.block_mass import block_influence, block_mass
+from diffaccel.kernels.block_mass import block_influence
 from diffaccel.plan import in_steps
 from diffaccel.technique import Context
 
@@ -35,6 +35,9 @@ _STEPS_TRIED = 4
 
 _SKETCH = 8
 """Dimensions that values are projected to (at random) for the first pass: on average, lengths of sums stay."""
+
+_QUERIES = 2048
+"""Queries that the first pass looks at."""
 
 _AS_GOOD = 1.1
 """An order that misses up to this much times what the best one misses is as good."""
@@ -58,22 +61,15 @@ class HeadOrders:
     Args:
         layout: of its tokens.
         missed: order -> measurements, each [H]: influence of what would be left out, over all of it in the first order.
-        uneven: order -> sum of the mean of max / mean of the probabilities in a block over blocks, [H].
     """
 
     layout: Layout
     missed: dict[str, list[Tensor]] = field(default_factory=dict)
-    uneven: dict[str, Tensor] = field(default_factory=dict)
 
-    def score(self, evenness: float) -> tuple[list[str], Tensor]:
-        """Names, and [C, H], lower = better: what is missed, mixed with unevenness, both as shares of their largest."""
+    def score(self) -> tuple[list[str], Tensor]:
+        """Names, and what they miss on average, [C, H]; lower = better."""
         names = list(self.missed)
-        missed = torch.stack([torch.stack(self.missed[name]).mean(0) for name in names])
-        if not self.uneven:
-            return names, missed
-        uneven = torch.stack([self.uneven[name] for name in names])
-        missed, uneven = (x / x.amax(0).clamp_min(1e-30) for x in (missed, uneven))
-        return names, (1 - evenness) * missed + evenness * uneven
+        return names, torch.stack([torch.stack(self.missed[name]).mean(0) for name in names])
 
     def agreement(self, chosen: Sequence[str]) -> Tensor:
         """[H], the share of measurements in which the chosen order was the best, or as good."""
@@ -88,14 +84,11 @@ class Orders:
 
     Args:
         section: says at which steps, which density is meant and what counts.
-        evenness: in [0, 1], how much blocks that one scale fits well count against what is missed; for attention in 8
-            bits (papers: incoherence).
     """
 
-    def __init__(self, section: BlockSparse, evenness: float = 0.0) -> None:
+    def __init__(self, section: BlockSparse) -> None:
         self.sites: dict[int, HeadOrders] = {}
         self._section = section
-        self._evenness = evenness
 
     def __call__(self, call: Call, seen: Seen) -> None:
         steps = call.steps or 1
@@ -109,28 +102,24 @@ class Orders:
             return
         names = _candidates(self._section, layout)
         orders = torch.stack([token_order(name, layout) for name in names])
-        sketch = block_influence(seen.query, seen.key, _projected(seen.value), size, orders, seen.attn_mask, seen.scale)
+        queries, options = sampled(layout.tokens, _QUERIES), (seen.attn_mask, seen.scale)
+        values = _projected(seen.value)
+        sketch = block_influence(seen.query, seen.key, values, size, orders, *options, queries=queries)
         sketch = sketch[..., :n, :n]  # [C, H, n, n]
         if self._section.kind == "spatial-temporal":
             kept = band(n, self._section.density).to(sketch.device).expand_as(sketch)
         else:
-            worth = sketch if self._section.kind == "influence" else worth_of(self._section, seen, orders)[..., :n, :n]
+            worth = sketch if self._section.kind == "influence" else worth_of(self._section, seen, orders, _QUERIES)
+            worth = worth[..., :n, :n]
             counts = torch.full((seen.query.shape[1],), round(self._section.density * n * n))
             kept = torch.stack([heaviest(of_order, counts) for of_order in worth])
         missed = sketch.masked_fill(kept, 0).sum((2, 3)) / sketch[:1].sum((2, 3)).clamp_min(1e-30)
         for i, name in enumerate(names):
             site.missed.setdefault(name, []).append(missed[i].cpu())
-        if self._evenness:
-            sums, maxima = block_mass(seen.query, seen.key, size, orders, seen.attn_mask, seen.scale)
-            assert maxima is not None
-            means = sums / (len(seen.query) * size * size)
-            uneven = (maxima / means.clamp_min(1e-12))[..., :n, :n].mean((2, 3)).cpu()
-            for i, name in enumerate(names):
-                site.uneven[name] = site.uneven.get(name, 0) + uneven[i]
 
     def choose(self) -> dict[int, list[str]]:
         """Site -> the order of each head."""
-        scores = {index: site.score(self._evenness) for index, site in self.sites.items()}
+        scores = {index: site.score() for index, site in self.sites.items()}
         if self._section.reorder == "fixed":
             total: Counter[str] = Counter()
             for names, score in scores.values():

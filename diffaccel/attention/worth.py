@@ -16,6 +16,9 @@ from diffaccel.clock import Call
 from diffaccel.kernels.block_mass import block_influence, block_mass
 from diffaccel.plan import in_steps
 
+_MOST_QUERIES = 8192
+"""Queries that one call is measured by: a block of 64 then has some, however many tokens there are."""
+
 
 class Worth:
     """The second pass, as a witness: mass or influence by block, as the section's policy says.
@@ -63,12 +66,23 @@ class Worth:
         return torch.stack([self.sums[site][j] / counts[j] for j in source])
 
 
-def worth_of(section: BlockSparse, seen: Seen, orders: Tensor) -> Tensor:
-    """What ``section`` measures of one call, in orders [C, N] or [C, H, N]: float32 [C, H, n, n]."""
-    size, options = section.block_size, (seen.attn_mask, seen.scale)
+def worth_of(section: BlockSparse, seen: Seen, orders: Tensor, most: int = _MOST_QUERIES) -> Tensor:
+    """What ``section`` measures of one call, in orders [C, N] or [C, H, N]: float32 [C, H, n, n].
+
+    Args:
+        most: queries that are looked at; of more tokens, an even sample.
+    """
+    size, options, queries = section.block_size, (seen.attn_mask, seen.scale), sampled(seen.layout.tokens, most)
     if section.kind == "influence":
-        return block_influence(seen.query, seen.key, seen.value, size, orders, *options)
-    return block_mass(seen.query, seen.key, size, orders, *options, maxima=False)[0]
+        return block_influence(seen.query, seen.key, seen.value, size, orders, *options, queries=queries)
+    return block_mass(seen.query, seen.key, size, orders, *options, maxima=False, queries=queries)[0]
+
+
+def sampled(tokens: int, most: int) -> Tensor:
+    """Queries to look at: all, or ``most`` of them at random, the same each time. int64, rising."""
+    if tokens <= most:
+        return torch.arange(tokens)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:most].sort().values
 
 
 def _only_order(section: BlockSparse, layout: Layout) -> str:
