@@ -59,9 +59,8 @@ class Bench:
         """A function from settings of `StepCache.scheduled` to plans."""
         plan = self.calibrated(StepCache.scheduled(share=0.5), "schedule", steps or self.steps)
 
-        def make(forecast: str = "hold", **settings: Any) -> Plan:
-            section = dataclasses.replace(StepCache.scheduled(**settings), forecast=forecast)
-            return dataclasses.replace(plan, caching=section)
+        def make(**settings: Any) -> Plan:
+            return dataclasses.replace(plan, caching=StepCache.scheduled(**settings))
 
         return make
 
@@ -109,7 +108,7 @@ def forecasts(bench: Bench) -> None:
     make = bench.schedule()
     bench.run(
         "forecasts",
-        {f"{f}, {s:.0%}": make(f, share=s) for s in (0.65, 0.5, 0.4) for f in ("hold", "linear", "fitted")},
+        {f"{f}, {s:.0%}": make(forecast=f, share=s) for s in (0.65, 0.5, 0.4) for f in ("hold", "linear", "fitted")},
     )
 
 

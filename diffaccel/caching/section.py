@@ -29,7 +29,7 @@ class StepCache(Section):
             how many), ``smooth`` (SmoothCache: each kind of module while its calibrated error is at most the threshold,
             arXiv:2411.10510; granularity ``sites``; needs `diffaccel.calibrate`) or ``modulated`` (TeaCache,
             arXiv:2411.19108, without coefficients: by how far what the first attention is given, scaled and shifted by
-            the timestep, has moved since a computed step; granularity ``stack``).
+            the timestep, has moved since a computed step; granularity ``stack`` with a first block in ``front``).
         granularity: what a skip leaves out: ``root``, the whole call; ``stack``, the repeated blocks (embeddings and
             the final projection then see the step's own latents and timestep); ``sites``, the outputs of single modules
             (FORA, SmoothCache, PAB); ``deep``, of a UNet all but its outermost layers (DeepCache, arXiv:2312.00858).
@@ -173,11 +173,16 @@ class StepCache(Section):
         return self.policy in ("first-block", "modulated")
 
     @classmethod
-    def scheduled(cls, psnr: float | None = None, share: float | None = None, max_skips: int = 4) -> StepCache:
-        """The steps that cost least by calibrated trajectories, within ``psnr`` or ``share``; see the class."""
+    def scheduled(
+        cls, psnr: float | None = None, share: float | None = None, forecast: str = "hold", max_skips: int = 4
+    ) -> StepCache:
+        """The steps that cost least by calibrated trajectories, within ``psnr`` or ``share``; see the class.
+
+        With one calibration ``forecast`` may be hold, linear or fitted; which is best differs between models.
+        """
         return cls(
             policy="schedule",
-            forecast="hold",
+            forecast=forecast,
             psnr=psnr,
             share=share,
             protect_first=0.0,
