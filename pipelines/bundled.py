@@ -1,8 +1,7 @@
 """The pipelines that ship with diffaccel: tiny, trained on a drawn world of coloured shapes. No torch.
 
 Real diffusers pipelines with every part trained (text encoder, denoiser, VAE), good for trying things out and for
-measuring speed against quality without a download, not for pictures of anything else. The video pipeline is an interim
-prototype of a smaller world.
+measuring speed against quality without a download, not for pictures of anything else.
 """
 
 from __future__ import annotations
@@ -80,16 +79,16 @@ BUNDLED: Mapping[str, Bundled] = MappingProxyType(
         "bundled:video": Bundled(
             "video",
             "shapes-video",
-            "video",
-            "tuning_video_interim",
+            "heldout_video",
+            "tuning_video",
             "a small yellow square moving left on a black background",
             MappingProxyType(
                 {
-                    "num_inference_steps": 30,
+                    "num_inference_steps": 20,
                     "guidance_scale": 4.0,
-                    "height": 64,
-                    "width": 64,
-                    "num_frames": 9,
+                    "height": 96,
+                    "width": 96,
+                    "num_frames": 13,
                     "max_sequence_length": 32,
                 }
             ),

@@ -61,7 +61,7 @@ def test_video_with_plan(cli, tmp_path):
     code, out, err = cli(*arguments, "-o", "square.mp4")
     assert code == 0, err
     assert out.startswith("square.mp4") and "plan fast on transformer (WanTransformer3DModel)" in err
-    assert iio.imread(tmp_path / "square.mp4").shape == (5, 64, 64, 3)
+    assert iio.imread(tmp_path / "square.mp4").shape == (5, 96, 96, 3)
 
 
 def test_plan_by_path_prompts_from_a_file_and_a_start_image(cli, tmp_path):

@@ -157,9 +157,9 @@ def test_video(video_pipeline, tmp_path):
 
     prompt = BUNDLED["bundled:video"].example
     (video,) = video_pipeline.generate_video(prompt, steps=3, frames=5, out=tmp_path / "a.mp4", fps=4)
-    assert [f.size for f in video] == [(64, 64)] * 5
+    assert [f.size for f in video] == [(96, 96)] * 5
     read = iio.imread(tmp_path / "a.mp4")
-    assert read.shape == (5, 64, 64, 3)
+    assert read.shape == (5, 96, 96, 3)
     difference = np.abs(read.astype(float) - np.stack([np.asarray(f) for f in video]))
     assert difference.mean() < 8  # H.264 with halved colour
 

@@ -165,5 +165,5 @@ def install_all(work: Path) -> None:
         RECORDS.mkdir(exist_ok=True)
         for stage in stages_of(work, folder.name):  # how long each took, with what, and its learning curve
             for source, kept in (("done.json", f"{stage}.json"), ("curve.csv", f"{stage}.csv")):
-                if (work / stage / source).exists():
+                if (work / stage / "done.json").exists() and (work / stage / source).exists():
                     shutil.copyfile(work / stage / source, RECORDS / kept)

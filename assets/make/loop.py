@@ -31,6 +31,9 @@ from diffaccel.assets.make.plain_attention import PlainAttention
 Metrics = dict[str, float]
 
 
+BEFORE = "before.json"  # beside a checkpoint: the record of what the training went on from
+
+
 @dataclass(frozen=True)
 class Rates:
     """Learning rates at the schedule's height 1, and what goes with them.
@@ -245,12 +248,21 @@ class Loop:
             module.eval()
         with torch.no_grad():
             facts = self.training.finish(self.folder / "result")
-        write_record(self.folder, self.training.name, self.wall, self.processor, self._conditions() | facts)
+        wall, processor = minutes_before(self.folder)
+        facts = self._conditions() | facts
+        write_record(self.folder, self.training.name, self.wall + wall * 60, self.processor + processor * 60, facts)
 
     def _conditions(self) -> dict[str, Any]:
         t = self.training
         count = sum(p.numel() for p in self.parameters)
         return {"steps": t.steps, "seed": t.seed, "parameters": count, "bfloat16": self.bfloat16}
+
+
+def minutes_before(folder: Path) -> tuple[float, float]:
+    """Wall and processor minutes of the sittings that what is installed came from, see `restore.record_before`."""
+    file = folder / BEFORE
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return record.get("wall_minutes", 0.0), record.get("processor_minutes", 0.0)
 
 
 def write_record(folder: Path, name: str, wall: float, processor: float, facts: Mapping[str, Any]) -> None:

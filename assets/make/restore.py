@@ -12,6 +12,7 @@ from pathlib import Path
 
 from diffaccel.assets.make.assemble import ASSETS, NAMES, RECORDS
 from diffaccel.assets.make.denoise import DenoiserTraining
+from diffaccel.assets.make.loop import BEFORE
 
 
 def restore(work: Path) -> None:
@@ -31,6 +32,14 @@ def restore(work: Path) -> None:
                 shutil.copytree(asset / "tokenizer", folder / "result" / "tokenizer", dirs_exist_ok=True)
             shutil.copyfile(record, folder / "done.json")
             print(f"{stage}: taken from {asset}")
+
+
+def record_before(kind: str, folder: Path) -> None:
+    """Puts the record and the learning curve of the installed denoiser where its training goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for source, target in ((f"denoiser-{kind}.json", BEFORE), (f"denoiser-{kind}.csv", "curve.csv")):
+        if (RECORDS / source).exists():
+            shutil.copyfile(RECORDS / source, folder / target)
 
 
 def installed_steps(kind: str, training: DenoiserTraining) -> int:

@@ -23,7 +23,7 @@ from diffaccel.assets.make.denoise import TRAININGS
 from diffaccel.assets.make.latents import Latents, encode_shards
 from diffaccel.assets.make.loop import Loop, Training, native_bfloat16
 from diffaccel.assets.make.recipes import FULL, SMOKE, Recipe
-from diffaccel.assets.make.restore import installed_steps, restore
+from diffaccel.assets.make.restore import installed_steps, record_before, restore
 from diffaccel.assets.make.text import TextTraining
 from diffaccel.assets.make.vae import VaeTraining
 
@@ -58,6 +58,7 @@ def stages(work: Path, recipe: Recipe, bfloat16: bool) -> list[Stage]:
         begin = installed_steps(kind, training)
         if begin and not (work / training.name / "checkpoint.pt").exists():
             training.go_on(ASSETS / NAMES[kind], begin)
+            record_before(kind, work / training.name)
         return training
 
     def evaluator() -> Training:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from diffaccel.cli.arguments import Device, Dtype, call_arguments, chosen_prompts
-from diffaccel.cli.console import err, note, quiet_libraries
+from diffaccel.cli.arguments import Device, Dtype, Json, call_arguments, chosen_prompts
+from diffaccel.cli.console import err, note, print_json, quiet_libraries
 from diffaccel.distillation.settings import Distillation
 from diffaccel.errors import InputError
 
@@ -72,6 +73,7 @@ def distill(
     ] = Path("out/distilled"),
     device: Device = None,
     dtype: Dtype = None,
+    as_json: Json = False,
 ) -> None:
     """Teach a denoiser to give what its teacher gives, and save the pipeline.
 
@@ -124,4 +126,10 @@ def distill(
     if not PartialState().is_main_process:
         return
     save(learner, output)
-    note(f"wrote {output}; curve: {output / 'training' / 'curve.csv'}")
+    curve = output / "training" / "curve.csv"
+    if as_json:
+        with curve.open(newline="") as file:
+            *_, last = csv.DictReader(file)
+        numbers = {name: float(value) for name, value in last.items() if value}
+        print_json({"folder": str(output), "curve": str(curve), "last": numbers})
+    note(f"wrote {output}; curve: {curve}")
