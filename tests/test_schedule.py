@@ -213,6 +213,22 @@ def test_a_loop_by_hand_has_the_calibrated_schedule_spread_over_it(calibrated):
         assert len(steps_of(accel)["transformer"]) == 5
 
 
+def test_a_schedule_adds_no_variant_to_compiled_blocks(calibrated):
+    """The denoiser is called less often, and knows nothing of it."""
+    torch._dynamo.reset()
+    specimen, plan = PIPELINES["pixart_sigma"], calibrated[1]
+    pipe = specimen.build()
+    with accelerate(pipe, plan):
+        expected = specimen.call(pipe, steps=10)
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(backend="eager")
+    specimen.call(pipe, steps=1)
+    with accelerate(pipe, plan) as accel, torch.compiler.set_stance("fail_on_recompile"):
+        got = specimen.call(pipe, steps=10)
+        assert len(steps_of(accel)["transformer"]) == 5
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_calibration_it_is_refused():
     pipe = PIPELINES["pixart_sigma"].build()
     for section in (StepCache.scheduled(psnr=40), StepCache(forecast="fitted")):
