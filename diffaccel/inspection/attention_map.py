@@ -118,8 +118,8 @@ def draw_heads(maps: Sequence[HeadMap], file: str | os.PathLike[str]) -> None:
             (~head.kept).float().numpy(), cmap="Blues", alpha=0.45 * (~head.kept).float().numpy(), vmin=0, vmax=1,
             extent=(0, side, side, 0), interpolation="nearest",
         )  # fmt: skip
-        agrees = "" if head.agreement is None else f", {head.agreement:.0%} of measurements agree"
-        right.set_title(f"order {head.order}: {head.held:.0%} of the mass kept{agrees}", fontsize=7)
+        agrees = "" if head.agreement is None else f", {head.agreement:.0%} agree"
+        right.set_title(f"order {head.order}: {head.held:.0%} of the mass kept{agrees}", fontsize=6)
         for axis in (left, right):
             axis.set_xticks([])
             axis.set_yticks([])
