@@ -113,7 +113,7 @@ def rivals(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[str, Callable[[], 
         "dense, cuDNN": partial(by, SDPBackend.CUDNN_ATTENTION),
     }
     if find_spec("sageattention") is not None:
-        from sageattention import sageattn
+        from sageattention import sageattn  # type: ignore[import-not-found]
 
         ways["dense, SageAttention"] = partial(sageattn, q.contiguous(), k.contiguous(), v.contiguous())
     for name, way in ways.items():
