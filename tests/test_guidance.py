@@ -113,6 +113,23 @@ def two_calls(model, plan, first="cond", steps=6):
         return outputs, accel.report().techniques[0]
 
 
+def test_half_a_batch_may_be_rounded_otherwise():
+    """Quantized linears take the kernel that is fastest for their number of rows."""
+    plan, model = Plan(guidance=GuidanceReuse(steps=(0.0, 1.0), every=2)), Denoiser()
+    whole = model.forward
+
+    def rounded(x, *arguments):
+        out = whole(x, *arguments)
+        return out if len(x) > 2 else out + 0.01 * out.std() * torch.randn(out.shape)
+
+    model.forward = rounded
+    _, report = batched(model, plan)
+    assert counts(report)[1] > 0
+    model.forward = lambda x, *arguments: whole(x, *arguments) * (1 if len(x) > 2 else 1.1)
+    _, report = batched(model, plan)
+    assert counts(report)[1] == 0 and "half a batch" in report.notes[0]
+
+
 def test_two_calls_by_hand():
     model = Denoiser()
     outputs, report = two_calls(model, Plan(guidance=GuidanceReuse(forecast="linear", steps=(0.0, 1.0), every=3)))

@@ -110,7 +110,8 @@ class Search:
         self._seconds, self._watch = seconds, watch
         self._excluded: dict[Choice, bool] = {}
         self._tried: set[Choice] = set()
-        self._strict = 1.0  # share of what may be lost that the search may use, after what confirmation has shown
+        # Share of what may be lost, by limit, that the search may still use after what confirmation has shown.
+        self._strict = {limit.name: 1.0 for limit in budget.of_quality}
         self._wrong: dict[str, list[float]] = {limit.name: [] for limit in budget.of_quality}
 
     def run(self) -> Point | None:
@@ -170,7 +171,8 @@ class Search:
         if found is None:
             return None
         choice = frozenset(options[i] for i in found)
-        best = self._best_of_search() if budget is self._budget and self._strict == 1 else None
+        refuted = any(share < 1 for share in self._strict.values())
+        best = self._best_of_search() if budget is self._budget and not refuted else None
         if best is not None and self._rank_of_prediction(choice) >= self._rank(best) * _BETTER:
             return None
         return choice
@@ -178,7 +180,9 @@ class Search:
     def _program(self, options: Sequence[Option], budget: Budget) -> Program:
         quality = budget.of_quality
         loss = [[limit.loss(self.alone[o].estimate(limit)) for o in options] for limit in quality]
-        allowed = [self._strict * limit.loss(limit.bound) / self._correction(limit) for limit in quality]
+        allowed = [
+            self._strict.get(limit.name, 1.0) * limit.loss(limit.bound) / self._correction(limit) for limit in quality
+        ]
         if budget.memory is not None:  # bytes saved add up; what is allowed has to be reached
             loss.append([self.alone[o].share - 1 for o in options])
             allowed.append(budget.memory - 1)
@@ -312,7 +316,7 @@ class Search:
         """Of the points that keep to what the confirmation so far has left of the budget."""
         left = [p for p in self.points if p.choice not in refuted and p.outcome.keeps(self._budget, surely=False)]
         for limit in self._budget.of_quality:
-            most = limit.loss(limit.bound) * self._strict
+            most = limit.loss(limit.bound) * self._strict[limit.name]
             left = [p for p in left if limit.loss(p.outcome.estimate(limit)) <= most]
         return min(left, key=self._rank, default=None)
 
@@ -331,7 +335,7 @@ class Search:
             had = limit.loss(point.outcome.estimate(limit))
             allowed = limit.loss(limit.bound)
             if missed > allowed > 0:
-                self._strict = min(self._strict, had / missed)
+                self._strict[limit.name] = min(self._strict[limit.name], had / missed)
         return False
 
     def frontier(self) -> list[Point]:

@@ -121,10 +121,12 @@ def families_for(
         calibrated: calibrates a plan when one of its options is first tried.
     """
     denoisers = tuple(denoisers)
-    families = [_schedule(calibrated), _step_cache("cache", granularity="root", policy="easy"), _guidance()]
+    easy = _step_cache("cache", (0.03, 0.05, 0.08, 0.12, 0.18, 0.27), granularity="root", policy="easy")
+    families = [_schedule("hold", calibrated), _schedule("fitted", calibrated), easy, _guidance()]
     notes = []
     if all(denoiser.blocks for denoiser in denoisers):
-        families.append(_step_cache("block-stack cache", granularity="stack", policy="sea"))
+        thresholds = (0.1, 0.15, 0.2, 0.27, 0.36, 0.5)
+        families.append(_step_cache("block-stack cache", thresholds, granularity="stack", policy="sea"))
     else:
         notes.append("no cache of the block stack: a denoiser here has no repeated blocks")
     if budget.memory is not None:
@@ -143,22 +145,22 @@ def families_for(
     return families, notes
 
 
-def _step_cache(name: str, **settings: Any) -> Family:
+def _step_cache(name: str, thresholds: tuple[float, ...], **settings: Any) -> Family:
     def make(threshold: float) -> Plan:
         return Plan(caching=StepCache(threshold=threshold, **settings))
 
-    return Family(name, "caching", make, (0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4), continuous=True)
+    return Family(name, "caching", make, thresholds, continuous=True)
 
 
-def _schedule(calibrated: Calibrated) -> Family:
+def _schedule(forecast: str, calibrated: Calibrated) -> Family:
     """Steps chosen beforehand, of which a compiled denoiser knows no more than that it is called less often."""
-    section = StepCache(policy="schedule", forecast="fitted", share=0.5)
+    section = StepCache(policy="schedule", forecast=forecast, share=0.5)
 
     def make(skipped: float) -> Plan:
-        plan = calibrated("schedule", Plan(caching=section))
+        plan = calibrated(f"schedule {forecast}", Plan(caching=section))
         return replace(plan, caching=replace(section, share=1 - skipped), key=None, name="")
 
-    return Family("schedule", "caching", make, (0.3, 0.4, 0.5, 0.6, 0.7), continuous=True)
+    return Family(f"schedule {forecast}", "caching", make, (0.3, 0.4, 0.5, 0.6, 0.7), continuous=True)
 
 
 def _guidance() -> Family:
