@@ -119,8 +119,8 @@ def _channels(
             hooks.callback(recorder.remove)
             recorder.merge(state)
         for denoiser in context.denoisers:
-            if recorder := recorders.get(denoiser.component):
-                context.root(denoiser).listeners.append(recorder.follow)
+            if denoiser.component in recorders:
+                context.root(denoiser).listeners.append(recorders[denoiser.component].follow)
         for i, request in enumerate(requests[done:], done + 1):
             pipe(**{**call, **request})
             if checkpoint:

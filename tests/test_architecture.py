@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TECHNIQUES = ("attention", "caching", "distillation", "exact", "guidance", "pruning", "quantization", "tokens")
 TOP = ("attach", "calibration", "quantizing", "presets")
-FLOORS = {"kernels": 1, "eval.metrics": 1, "assets": 1, "eval": 5, "inspection": 5, "pipelines": 5, "tuning": 5, "cli": 6}
+FLOORS = {
+    "kernels": 1,
+    "eval.metrics": 1,
+    "assets": 1,
+    "eval": 5,
+    "inspection": 5,
+    "pipelines": 5,
+    "tuning": 5,
+    "cli": 6,
+}
 
 
 def _modules() -> dict[str, Path]:

@@ -290,7 +290,7 @@ def test_flex_one_compile_for_lengths_densities_and_an_outer_graph():
     for N, density in [(160, 0.5), (160, 0.3), (301, 0.5), (90, 0.6)]:
         q, k, v = inputs(2, 2, 2, N, N)
         keep, reference = poisoned(q, k, v, 32, density)
-        pattern = BlockPattern.from_mask(keep, 32)
+        pattern = BlockPattern.from_mask(keep, 32, merge=False)  # equal heads would be a class of their own
         assert str(path_for(q, k, v, pattern, path="flex")) == "flex (compiled)"
         result = block_sparse_attention(q, k, v, pattern, path="flex")
         assert str(path_for(q, k, v, pattern, path="flex")) == "flex (compiled)"

@@ -227,7 +227,10 @@ def pairs(name):
 
 
 # Others take several texts, or bring their masks in another form.
-MASKED = ("kandinsky3", "lumina", "lumina2", "ltx", "mochi", "pixart_alpha", "pixart_sigma", "prx", "qwen_image", "sana")
+MASKED = (
+    *("kandinsky3", "lumina", "lumina2", "ltx", "mochi", "pixart_alpha", "pixart_sigma"),
+    *("prx", "qwen_image", "sana"),
+)
 
 
 def test_the_text_and_its_mask_are_found():

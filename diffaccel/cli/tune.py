@@ -89,7 +89,7 @@ def tune(
     if check is None and not given:
         given = {"psnr": 36.0}
         note("no budget given: --psnr 36")
-    budget = Budget(**given, measures=tuple(measure or ())) if given else None  # type: ignore[arg-type]
+    budget = Budget(**given, measures=tuple(measure or ())) if given else None
     texts = chosen_prompts(model, prompts, count, tuning=True)
     calls = call_arguments(steps, size, frames)
     quiet_libraries()
