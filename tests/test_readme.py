@@ -25,7 +25,8 @@ COMMANDS = [
 
 def _lines(text):
     """Which steps are computed depends on the processor's rounding, and what a preset leaves out on its speed."""
-    lines = re.sub(r"\d+", "N", re.sub(r"\[[\d, ]*\]", "[...]", text)).splitlines()
+    text = re.sub(r"[#~=]{5,}", "steps", re.sub(r"\[[\d, ]*\]", "[...]", text))
+    lines = re.sub(r"\d+", "N", text).splitlines()
     of_speed = ("note:", "quantization:", "N sites; bytes before")
     return {line for line in lines if line.strip() and not line.strip().startswith(of_speed)}
 
