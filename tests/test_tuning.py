@@ -426,6 +426,14 @@ def test_interrupted_and_resumed_it_gives_the_same_plan(pipe, tuned, tmp_path, m
     assert [p.name for p in resumed.points] == [p.name for p in whole.points]
 
 
+def test_a_budget_that_nothing_keeps_gives_the_original_and_a_warning(pipe, counted, monkeypatch):
+    none = Family("cache", "caching", lambda s: Plan(caching=StepCache(policy="interval")), (1.0,))
+    monkeypatch.setattr(tuning, "families_for", lambda *_: ([none], []))
+    arguments = {"calls": _calls(10), "seeds": range(4), "progress": False}
+    with pytest.warns(UserWarning, match="nothing but the original"):
+        assert diffaccel.tune(pipe, ["a red circle"], Budget(psnr=99), **arguments).is_empty
+
+
 def test_check_tells_whether_a_plan_keeps_its_budget_elsewhere(pipe, tuned, tmp_path):
     found, folder = tuned
     holds, told = tuning.check(pipe, folder, ["a red circle"], calls=_calls(12), seeds=range(10, 13))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -68,9 +69,12 @@ def tune(
         PlanError: a budget without a limit, fewer than 4 prompts, or a pipeline that is accelerated already.
         ModelError: no denoiser in ``model``.
     """
-    return run(
+    found = run(
         model, prompts, budget, calls=calls, seeds=seeds, minutes=minutes, folder=folder, seed=seed, progress=progress
-    ).plan
+    )
+    if found.best is None:
+        warnings.warn(f"diffaccel: {found.verdict}; the plan is empty", stacklevel=2)
+    return found.plan
 
 
 def run(
