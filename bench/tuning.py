@@ -103,7 +103,7 @@ class Recorded:
 
     def __init__(self, outcomes: dict[str, Outcome], drawn: dict[int, int]) -> None:
         self._outcomes, self._drawn = outcomes, drawn
-        self.seconds = 0.0
+        self.elapsed = 0.0
 
     def reference(self, items: object) -> None:
         """There already."""

@@ -182,6 +182,10 @@ class World:
     def cost(self, choice):
         return math.prod(1 - self.of[o.family.name][1] * (o.strength / 3) ** 0.7 for o in choice)
 
+    @property
+    def elapsed(self):
+        return self.seconds
+
     def reference(self, items):
         self.seconds += len(items)
 
@@ -350,7 +354,7 @@ def _calls(steps):
     return {**request, "num_inference_steps": steps}
 
 
-def _tune(pipe, folder):
+def _tune(pipe, folder, minutes=None):
     interval = Family(
         "cache", "caching", lambda s: Plan(caching=StepCache(policy="interval", max_skips=int(s))), (1.0, 3.0)
     )
@@ -361,6 +365,7 @@ def _tune(pipe, folder):
         calls=_calls(10),
         seeds=range(4),
         folder=folder,
+        minutes=minutes,
         progress=False,
         families=[interval],
     )
@@ -399,6 +404,8 @@ def test_tuning_a_pipeline(pipe, tuned):
     again = _tune(pipe, folder)  # everything is on record
     assert again.trials == found.trials
     assert again.plan == found.plan
+    limited = _tune(pipe, folder, minutes=found.seconds / 60 / 0.5)  # what was spent before counts as it did then
+    assert limited.plan == found.plan
 
 
 def test_interrupted_and_resumed_it_gives_the_same_plan(pipe, tuned, tmp_path, monkeypatch):

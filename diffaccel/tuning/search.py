@@ -30,7 +30,8 @@ _NO_GAIN = 0.985  # of the time or the bytes: less is within the noise of a tria
 _HARMLESS = 1e-8  # mean squared error: 80 dB, beneath the steps of 8 bits
 _BETTER = 0.99
 _SHARE_ALONE, _SHARE_SEARCH = 0.45, 0.8  # of the time allowed; the rest confirms
-_CONFIRMATIONS = 4
+_CONFIRMATIONS = 6
+_STRICTER = 0.7  # what the next to be confirmed may lose of what a refuted one lost: 1.5 dB less
 _REFINEMENTS = 6
 _SCREEN = 4  # items on which a setting is first tried
 _NEAR = Limit("psnr", "psnr", "mean", 0.0, True)  # how near to the original, where no limit says what counts
@@ -293,7 +294,7 @@ class Search:
         return math.prod(self.alone[o].cost for o in choice)
 
     def _best_of_search(self) -> Point | None:
-        kept = [p for p in self.points if p.outcome.keeps(self._budget)]
+        kept = [p for p in self.points if p.outcome.keeps(self._budget, surely=False)]
         return min(kept, key=self._rank, default=None)
 
     def _confirm(self) -> None:
@@ -332,10 +333,9 @@ class Search:
             return True
         for limit in self._budget.of_quality:
             missed = max(limit.loss(whole.outcome.bound(limit)), limit.loss(fresh.estimate(limit)))
-            had = limit.loss(point.outcome.estimate(limit))
-            allowed = limit.loss(limit.bound)
+            had, allowed = limit.loss(point.outcome.estimate(limit)), limit.loss(limit.bound)
             if missed > allowed > 0:
-                self._strict[limit.name] = min(self._strict[limit.name], had / missed)
+                self._strict[limit.name] = min(self._strict[limit.name], _STRICTER * had / allowed)
         return False
 
     def frontier(self) -> list[Point]:
@@ -360,4 +360,4 @@ class Search:
         return outcome
 
     def _has_time(self, share: float) -> bool:
-        return self._seconds is None or self._trials.seconds < share * self._seconds
+        return self._seconds is None or self._trials.elapsed < share * self._seconds

@@ -49,6 +49,7 @@ class Trials:
         self._pipe, self._jobs, self._calls, self._store = pipe, jobs, calls, store
         self._measures, self._told = measures, told
         self._prompts = dict(zip((job.index for job in jobs), prompts_of(jobs), strict=True))
+        self._asked: dict[str, set[int]] = {}
         steps = steps_of(pipe, calls)
         self._short = {} if steps is None else {"num_inference_steps": min(_PACE_STEPS, steps)}
 
@@ -57,12 +58,24 @@ class Trials:
         """Spent on trials so far, in this sitting and those before."""
         return float(sum(r["spent"] for r in self._store.records("trial")))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of those trials that this sitting has asked for, whichever sitting made them: what a limit of time
+        counts, so that one that goes on comes by the same way as one that was not interrupted."""
+        spent = 0.0
+        for record in self._store.records("trial"):
+            asked = self._asked.get(record["row"])
+            if "items" not in record or (asked is not None and asked.issuperset(record["items"])):
+                spent += record["spent"]
+        return spent
+
     def reference(self, items: Sequence[int]) -> None:
         """Run the untouched pipeline on those of ``items`` that it has not run on."""
+        self._asked.setdefault(REFERENCE, set()).update(items)
         missing = [self._jobs[i] for i in items if not self._store.records("item", row=REFERENCE, item=i)]
         if not missing:
             return
-        with self._timed(REFERENCE):
+        with self._timed(REFERENCE, [job.index for job in missing]):
             for job in missing:
                 self._told(f"original, prompt {job.index + 1}")
                 pace = self._pace(job)
@@ -79,12 +92,13 @@ class Trials:
         if self.why_not(name) is not None:
             return None
         self.reference(items)
+        self._asked.setdefault(name, set()).update(items)
         done = {r["item"] for r in self._store.records("item", row=name)}
         missing = [self._jobs[i] for i in items if i not in done]
         if missing:
             self._told(f"{name}, {len(missing)} prompt{'s' if len(missing) > 1 else ''}")
             try:
-                with self._timed(name):
+                with self._timed(name, [job.index for job in missing]):
                     self._try(name, plan, missing)
             except DiffAccelError as refused:
                 self._store.append(kind="refused", row=name, reason=str(refused))
@@ -118,7 +132,7 @@ class Trials:
         done = {r["item"]: r for r in self._store.records("beside", row=name)}
         for i in (i for i in items if i not in done):
             self._told(f"{name} beside the original, prompt {i + 1}")
-            with self._timed(name):
+            with self._timed(name, [i]):
                 original = self._loop_seconds(i)
                 with accelerate(self._pipe, plan):
                     generate(self._pipe, self._jobs[i], {**self._calls, **self._short})
@@ -175,13 +189,13 @@ class Trials:
         return {r["item"]: r for r in self._store.records("item", row=name)}
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, items: Sequence[int]) -> Iterator[None]:
         """Books the time, also of what is interrupted by an error."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self._store.append(kind="trial", row=name, spent=time.perf_counter() - started)
+            self._store.append(kind="trial", row=name, items=list(items), spent=time.perf_counter() - started)
 
 
 def prompts_of(jobs: Sequence[Job]) -> list[int]:
