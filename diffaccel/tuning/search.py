@@ -149,10 +149,10 @@ class Search:
 
     # Choices
 
-    def _together(self, budget: Budget, most: int | None = None) -> None:
+    def _together(self, budget: Budget, most: int | None = None, share: float = _SHARE_SEARCH) -> None:
         """Measure what the program chooses under ``budget``, until nothing is better, or ``most`` were measured."""
         measured, refined = 0, 0
-        while self._has_time(_SHARE_SEARCH) and (most is None or measured < most):
+        while self._has_time(share) and (most is None or measured < most):
             choice = self._next(budget)
             if choice is None:
                 if most is not None or refined >= _REFINEMENTS or not self._refine():
@@ -303,7 +303,7 @@ class Search:
         for _ in range(_CONFIRMATIONS):
             point = self._fastest(refuted)
             if point is None:
-                self._together(self._budget, most=1)
+                self._together(self._budget, most=1, share=1.0)
                 point = self._fastest(refuted)
             if point is None:
                 break
