@@ -46,7 +46,7 @@ def calibrate(
     Quantized linears whose channels are balanced or whose text is protected need to know their inputs along the
     unaccelerated trajectory: some tens of prompts. Caches are calibrated with the rest of the plan attached, so that
     the numbers belong to the network that will run: MagCache on one prompt; a schedule of steps on two to four, each
-    of which runs about eight times as long as one call. Use the scheduler and step count that will be used (other step
+    of which takes about twelve runs. Use the scheduler and step count that will be used (other step
     counts are derived from them).
 
     Args:
@@ -73,7 +73,8 @@ def calibrate(
     if not cached and not quantized and not sparse:
         raise PlanError(
             "nothing in this plan needs calibration; StepCache with policy='mag', policy='schedule' or "
-            "forecast='fitted' does, Quantize with balance or protect, and BlockSparse with reorder or policy='mass'"
+            "forecast='fitted' does, Quantize with balance, protect or static activations, "
+            "and BlockSparse with reorder or policy='mass'"
         )
     requests = _requests(prompts)
     if isinstance(pipe, nn.Module):

@@ -35,7 +35,7 @@ def quantize(
         sections: what goes where; of several that match a site at a step, the last one wins. None: one section of
             ``settings``.
         prompts, call, folder: as `diffaccel.calibrate` takes them (``call``: its further arguments), where a section
-            needs what it measures (``balance``, ``protect``).
+            needs what it measures (``balance``, ``protect``, static activations).
         bake: let the originals go at once, so that ``save_pretrained`` saves the small weights; nothing can be removed
             then.
         originals: where the originals wait otherwise, see `diffaccel.accelerate`.
@@ -59,7 +59,9 @@ def quantize(
     if prompts is not None:
         plan = calibrate(model, plan, prompts=prompts, folder=folder, **(call or {}))
     elif any(section.needs_calibration for section in plan.quantization if isinstance(section, Quantize)):
-        raise PlanError("balance and protect need a few prompts to measure with: quantize(..., prompts=[...])")
+        raise PlanError(
+            "balance, protect and static activations need a few prompts to measure with: quantize(..., prompts=[...])"
+        )
     elif call or folder:
         raise PlanError("quantize takes call and folder for calibration, which needs prompts=[...]")
     accelerated = accelerate(model, plan, originals=originals)

@@ -49,10 +49,9 @@ def test_budget_round_trip():
 
 def test_losses_add_up_as_energies():
     (limit,) = Budget(psnr=36).limits
-    both = limit.value(limit.loss(40) + limit.loss(40))
-    assert both == pytest.approx(40 - 10 * math.log10(2))
+    assert limit.loss(40) + limit.loss(40) == pytest.approx(limit.loss(40 - 10 * math.log10(2)))
     (similarity,) = Budget(ssim=0.9).limits
-    assert similarity.value(similarity.loss(0.95) + similarity.loss(0.97)) == pytest.approx(0.92)
+    assert similarity.loss(0.95) + similarity.loss(0.97) == pytest.approx(similarity.loss(0.92))
 
 
 # --- the integer program ---
@@ -439,6 +438,21 @@ def test_a_budget_that_nothing_keeps_gives_the_original_and_a_warning(pipe, coun
     arguments = {"calls": _calls(10), "seeds": range(4), "progress": False}
     with pytest.warns(UserWarning, match="nothing but the original"):
         assert diffaccel.tune(pipe, ["a red circle"], Budget(psnr=99), **arguments).is_empty
+
+
+def test_an_option_that_crashes_is_left_out_and_named(pipe, counted, tmp_path, monkeypatch):
+    real = trials_module.generate
+
+    def crashing(denoised, *arguments):
+        if "_diffaccel" in denoised.transformer.__dict__:
+            raise RuntimeError("a kernel of this option")
+        return real(denoised, *arguments)
+
+    monkeypatch.setattr(trials_module, "generate", crashing)
+    found = _tune(pipe, tmp_path / "t")
+    assert found.best is None
+    assert any("RuntimeError: a kernel of this option" in note for note in found.notes)
+    assert found.restored
 
 
 def test_check_tells_whether_a_plan_keeps_its_budget_elsewhere(pipe, tuned, tmp_path):

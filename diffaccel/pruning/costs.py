@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffaccel.denoiser import Denoiser
@@ -75,9 +75,3 @@ def _seconds(module: nn.Module, call: Callable[[], Any]) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cost_left(costs: Costs, groups: Sequence[Group], kept: dict[str, Tensor]) -> float:
-    """The share of the total that is left."""
-    gone = sum(costs.each[g.key] * (g.units - len(kept[g.key])) for g in groups if g.key in kept)
-    return 1 - gone / costs.total

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from diffaccel.errors import PlanError, did_you_mean
-
-STATISTICS = ("mean", "worst", "drop", "share", "gain")
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,6 @@ class Limit:
         if self.least:
             return max(1 - value, 0.0)  # a similarity
         return max(value, 0.0)
-
-    def value(self, loss: float) -> float:
-        """The inverse of `loss`."""
-        if self.measure == "psnr":
-            return -10 * math.log10(max(loss, 1e-10))
-        return 1 - loss if self.least else loss
 
     def holds(self, value: float) -> bool:
         """Whether ``value`` is within the limit."""

@@ -100,8 +100,9 @@ class Trials:
             try:
                 with self._timed(name, [job.index for job in missing]):
                     self._try(name, plan, missing)
-            except DiffAccelError as refused:
-                self._store.append(kind="refused", row=name, reason=str(refused))
+            except Exception as error:  # what it cannot take is this option's fault, not the tuning's
+                reason = str(error) if isinstance(error, DiffAccelError) else f"{type(error).__name__}: {error}"
+                self._store.append(kind="refused", row=name, reason=f"{reason:.300}")
                 return None
         return self.outcome(name, items)
 

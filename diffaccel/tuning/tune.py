@@ -186,14 +186,21 @@ def _settings(
     }
 
 
-def check(model: Any, folder: str | os.PathLike[str], prompts: Sequence[Any], **arguments: Any) -> tuple[bool, str]:
+def check(
+    model: Any,
+    folder: str | os.PathLike[str],
+    prompts: Sequence[str | Mapping[str, Any]],
+    *,
+    calls: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] = (0,),
+) -> tuple[bool, str]:
     """Whether a tuned plan keeps its budget on these prompts with these calls: quick, for other sizes or step counts.
 
     Args:
         model: as in `tune`.
         folder: of the plan.
         prompts: some that were not tuned on.
-        **arguments: ``calls`` and ``seeds`` as in `tune`.
+        calls: as in `tune`, such as another ``num_inference_steps``. seeds: likewise.
 
     Returns:
         Whether it surely does, and what was measured, in words.
@@ -207,8 +214,7 @@ def check(model: Any, folder: str | os.PathLike[str], prompts: Sequence[Any], **
         raise PlanError(f"{folder} holds no tuned plan to check; diffaccel.tune writes those")
     budget = Budget.from_dict(tuned["budget"])
     pipe = getattr(model, "pipe", model)
-    calls = {**getattr(model, "defaults", {}), **(arguments.get("calls") or {})}
-    seeds = arguments.get("seeds", (0,))
+    calls = {**getattr(model, "defaults", {}), **(calls or {})}
     Request(pipe, {}, prompts, seeds, calls, (), 1, 1, False).check()
     bundled = str(getattr(model, "name", "")).startswith("bundled:")
     jobs = [Job(i, prompt, s) for i, (prompt, s) in enumerate(product(prompts, seeds))]
